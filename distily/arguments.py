@@ -1,0 +1,109 @@
+"""``train:`` of the configuration as ``transformers.TrainingArguments``: its fields, our defaults, what a run must decide itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from distily.config import RunConfig
+from distily.errors import DistilyError, unknown, wrong
+from distily.schema import conforms, describe
+
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "num_train_epochs": 1,
+    "logging_steps": 10,
+    "save_steps": 500,
+    "save_total_limit": 2,
+}
+OURS = {
+    "output_dir": "output_dir of the run",
+    "overwrite_output_dir": "output_dir of the run",
+    "resume_from_checkpoint": "--resume",
+    "report_to": "loggers",
+    "seed": "seed of the run",
+    "push_to_hub": "push_to_hub of the run",
+    "remove_unused_columns": "the collator",
+    "label_names": "the collator",
+    "load_best_model_at_end": "nothing; the last weights are exported",
+    "do_train": "the command",
+    "do_eval": "evaluators",
+    "do_predict": "evaluators",
+    "disable_tqdm": "loggers",
+}
+
+
+def check_train(train: Mapping[str, Any]) -> None:
+    """Keys, types and owners of ``train:``. Raises ``DistilyError`` with a line for each mistake."""
+    fields = {entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init}
+    hints = typing.get_type_hints(TrainingArguments)
+    lines = []
+    for key, value in train.items():
+        if key in OURS or key.startswith("hub_"):
+            lines.append(f"train.{key} is not set here; it is decided by {OURS.get(key, 'push_to_hub of the run')}.")
+        elif key not in fields:
+            close = unknown("key", f"train.{key}", [f"train.{name}" for name in fields]).split(" Allowed")[0]
+            lines.append(f"{close} Allowed: the fields of transformers.TrainingArguments.")
+        elif not _accepts(hints[key], value):
+            lines.append(wrong(f"train.{key}", value, describe(hints[key])))
+    if lines:
+        raise DistilyError("\n".join(lines))
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    if conforms(value, hint):
+        return True
+    choices = [choice for choice in (typing.get_args(hint) or (hint,)) if isinstance(choice, type)]
+    enumerations = [choice for choice in choices if hasattr(choice, "__members__")]
+    return any(value in [member.value for member in choice] for choice in enumerations)  # type: ignore[attr-defined]
+
+
+def training_arguments(config: RunConfig, folder: Path, *, mixed_precision: bool, report_to: Sequence[str] = (), **overrides: Any) -> TrainingArguments:
+    """The arguments of a training in ``folder``. Raises ``DistilyError`` for values that transformers refuses."""
+    import torch
+
+    check_train(config.train)
+    chosen = {**DEFAULTS, **config.train, **overrides}
+    checkpointing = dict(chosen.get("gradient_checkpointing_kwargs") or {})
+    if checkpointing.get("use_reentrant"):
+        raise DistilyError(
+            "train.gradient_checkpointing_kwargs: use_reentrant true is not supported, features would lose their gradient; "
+            "allowed: false."
+        )
+    if mixed_precision and not {"bf16", "fp16"} & set(chosen):
+        chosen["bf16"] = True
+    accelerator = {"dispatch_batches": False, **(chosen.get("accelerator_config") or {})}
+    chosen.pop("save_total_limit")  # rotation must come after sealing, so it is not transformers' to do
+    try:
+        return TrainingArguments(
+            **{
+                **chosen,
+                "output_dir": str(folder),
+                "seed": config.seed,
+                "report_to": list(report_to),
+                "remove_unused_columns": False,
+                "label_names": ["labels"],
+                "disable_tqdm": True,
+                "accelerator_config": accelerator,
+                "gradient_checkpointing_kwargs": {**checkpointing, "use_reentrant": False},
+                "use_cpu": chosen.get("use_cpu", not torch.cuda.is_available()),
+                "dataloader_pin_memory": chosen.get("dataloader_pin_memory", torch.cuda.is_available()),
+            }
+        )
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DistilyError(f"train: transformers refuses it: {reason}") from error
+
+
+def kept_checkpoints(config: RunConfig) -> int:
+    """Checkpoints that a run keeps."""
+    keep = {**DEFAULTS, **config.train}["save_total_limit"]
+    return max(1, int(keep)) if keep is not None else 10**9

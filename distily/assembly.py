@@ -1,0 +1,131 @@
+"""Everything a run needs, loaded, checked against each other and measured against the machine, before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from distily import data, models, probes
+from distily.arguments import kept_checkpoints, training_arguments
+from distily.config import RunConfig
+from distily.driver import Driver
+from distily.errors import DistilyError
+from distily.evaluation import EvaluationContext, Evaluator
+from distily.heldout import HeldOut
+from distily.loggers import Logger
+from distily.plugins import Plugins
+from distily.spec import Component
+from distily.teachers import LocalTeacher
+from distily.terms import build_terms
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of a run. ``new_student`` builds the same student every time."""
+
+    config: RunConfig
+    plugins: Plugins
+    device: torch.device
+    tokenizer: Any
+    teacher: Any
+    vocabulary: int
+    max_length: int
+    data: data.PreparedData
+    evaluators: Mapping[str, Evaluator]
+    loggers: list[Logger]
+    context: EvaluationContext
+    mixed_precision: bool
+
+    def new_student(self) -> tuple[Any, Any]:
+        """``(student, quantizer)`` on the device, from the seed alone."""
+        student = models.build_student(self.config.student, self.teacher, self.config.seed, self.config.trust_remote_code)
+        quantizer = self.plugins.build("quantizers", self.config.quantizer) if self.config.quantizer else None
+        if quantizer is not None:
+            student = quantizer.prepare(student)
+        return student.to(self.device), quantizer
+
+    def new_driver(self, student: Any, objectives: tuple[Component, ...]) -> Driver:
+        """A driver for ``objectives``, attached to the student. Without an objective that needs one, no teacher runs."""
+        terms = build_terms(objectives, self.plugins, student, self.teacher, self.config.seed)
+        wanted = [feature for term in terms.values() for feature in term.teacher_features]
+        needed = any(term.description.needs_teacher for term in terms.values())
+        teacher = LocalTeacher(self.teacher, self.vocabulary, wanted) if needed else None
+        driver = Driver(terms, teacher, self.vocabulary, self.config.loss.chunk_rows, self.config.seed)
+        driver.attach(student)
+        return driver
+
+
+def assemble(config: RunConfig, plugins: Plugins) -> Assembly:
+    """Loads teacher and data, builds a student, and asks every question that can be asked before training.
+
+    Raises ``DistilyError`` for whatever does not fit.
+    """
+    plugins.check(config)
+    on_gpu = torch.cuda.is_available() and not config.train.get("use_cpu")
+    mixed = on_gpu and config.student.dtype in ("float32", "auto") and config.train.get("bf16", True) is True
+    device = training_arguments(config, Path(config.output_dir), mixed_precision=mixed).device
+    evaluators = {entry.name: plugins.build("evaluators", entry) for entry in config.evaluators}
+    loggers = [plugins.build("loggers", entry) for entry in config.loggers]
+    tokenizer = models.load_tokenizer(config.teacher.model, "teacher.model", config.trust_remote_code)
+    if config.student.model is not None:
+        other = models.load_tokenizer(config.student.model, "student.model", config.trust_remote_code)
+        models.check_tokenizers(tokenizer, other)
+    teacher = models.load_teacher(config.teacher, device, config.trust_remote_code)
+    student = models.build_student(config.student, teacher, config.seed, config.trust_remote_code)
+    vocabulary = models.vocabulary_size(tokenizer)
+    _check_heads(vocabulary, student=student, teacher=teacher)
+    length = models.max_length(config.data.max_length, tokenizer, teacher, student)
+    with PartialState().local_main_process_first():  # the other ranks find the cache filled
+        prepared = data.prepare(config.data, tokenizer, length, config.seed)
+    batch_size = int(config.train.get("per_device_eval_batch_size", 8))
+    heldout = HeldOut(prepared.heldout, prepared.heldout_collator, teacher, vocabulary, batch_size, mixed)
+    context = EvaluationContext(tokenizer, heldout.token_means, True, batch_size, config.output_dir)
+    parts = Assembly(
+        config, plugins, device, tokenizer, teacher, vocabulary, length, prepared, evaluators, loggers, context, mixed
+    )
+    _probe(parts, student.to(device))
+    _check_disk(config, student)
+    return parts
+
+
+def _check_heads(vocabulary: int, **by_role: Any) -> None:
+    for role, model in by_role.items():
+        rows = model.get_output_embeddings().weight.shape[0]
+        if rows < vocabulary:
+            raise DistilyError(
+                f"{role}: its head has {rows} rows, the tokenizer {vocabulary} tokens; allowed: a model that knows every token."
+            )
+
+
+def _probe(parts: Assembly, student: Any) -> None:
+    """The driver's logits against both models' own, packing if it is asked for, and one build of every term."""
+    batch = parts.data.heldout_collator([parts.data.heldout[index] for index in range(min(2, len(parts.data.heldout)))])
+    placed = {key: value.to(parts.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    for role, model in (("teacher", parts.teacher), ("student", student)):
+        probes.check_native_logits(role, model, placed)
+        if parts.config.data.packing:
+            probes.check_packing(role, model, parts.vocabulary)
+    quantized = parts.plugins.build("quantizers", parts.config.quantizer) if parts.config.quantizer else None
+    if quantized is not None:
+        student = quantized.prepare(student)
+    parts.new_driver(student, parts.config.objectives).detach()
+
+
+def _check_disk(config: RunConfig, student: Any) -> None:
+    """Room for the checkpoints that are kept at a time (weights and two moments), and for the export."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
+    kept = min(kept_checkpoints(config), 100) + 1
+    needed = weights * (3 * kept + 1)
+    place = next(path for path in (Path(config.output_dir).absolute(), *Path(config.output_dir).absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise DistilyError(
+            f"output_dir: {config.output_dir!r} has {free / 2**30:.2f} GiB free and the run needs about {needed / 2**30:.2f} GiB; "
+            "allowed: a larger disk, or fewer checkpoints by train.save_total_limit."
+        )

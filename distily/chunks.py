@@ -1,0 +1,176 @@
+"""The chunked loss: logits of a few rows at a time, every logit term on them, and their gradients, in one pass.
+
+Plain PyTorch; the reference for every faster path. Memory is O(chunk · V), whatever the number of tokens.
+Letters: N supervised tokens, n rows of a chunk, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from distily.errors import DistilyError
+from distily.heads import OutputHead, upcast
+from distily.teachers import LogitSource
+from distily.terms import Term
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some supervised rows and the terms that read them. ``share``: how many tokens each row stands for."""
+
+    rows: slice | Tensor
+    terms: Sequence[Term]
+    share: float
+
+
+@dataclass
+class ChunkWalk:
+    """One pass over the supervised rows of a micro-batch."""
+
+    head: OutputHead
+    source: LogitSource | None
+    pieces: Sequence[Piece]
+    inputs: Mapping[str, Any]
+    weights: Mapping[str, float]
+    items: Tensor
+    vocabulary: int
+    compute_dtype: torch.dtype
+    term_gradients: bool = False
+    parameters: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        unique = {id(p): p for piece in self.pieces for term in piece.terms for p in term.parameters() if p.requires_grad}
+        self.parameters = list(unique.values())
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.weights)
+
+    def terms(self, piece: Piece, raw: Tensor) -> Tensor:
+        """Σ over the piece's rows ÷ N of every term on the head's output ``raw`` (n, V); 0 for terms not in the piece: ``(K,)``."""
+        logits = self.head.finish(upcast(raw))
+        teacher = None
+        if self.source is not None and any(term.description.needs_teacher for term in piece.terms):
+            teacher = self.source.chunk(piece.rows).to(logits.dtype)
+        inputs = {key: value[piece.rows] if isinstance(value, Tensor) else value for key, value in self.inputs.items()}
+        sums = {term.key: term.values(logits, teacher, inputs).sum() * (piece.share / self.items) for term in piece.terms}
+        zero = logits.new_zeros(())
+        return torch.stack([sums.get(key, zero).to(logits.dtype) for key in self.keys])
+
+    def weighted(self, sums: Tensor) -> Tensor:
+        """Σ weight · term, ``(K,) -> ()``."""
+        parts = [sums[place] * weight for place, weight in enumerate(self.weights.values())]
+        return torch.stack(parts).sum()
+
+
+def chunked_loss(walk: ChunkWalk, rows: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The weighted sum of the logit terms on hidden rows ``(N, H)``: ``(loss, each term's Σ ÷ N, each term's gradient at rows)``."""
+    if not walk.head.is_linear:
+        if walk.term_gradients:
+            raise DistilyError(f"a head of type {type(walk.head.module).__name__} gives no gradients of single terms.")
+        loss, sums = _by_checkpoint(walk, rows)
+        return loss, dict(zip(walk.keys, sums.detach(), strict=True)), {}
+    weight, bias = walk.head.module.weight, walk.head.module.bias
+    if weight.shape[0] != walk.vocabulary:
+        weight = weight[: walk.vocabulary]
+        bias = bias if bias is None else bias[: walk.vocabulary]
+    loss, sums, *gradients = _ChunkedLinear.apply(rows, weight, bias, walk, *walk.parameters)
+    return loss, dict(zip(walk.keys, sums, strict=True)), dict(zip(walk.keys, gradients, strict=False))
+
+
+def _by_checkpoint(walk: ChunkWalk, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Heads that are no plain linear layer (LoRA, quantised): each piece under autograd, recomputed in the backward."""
+    head = walk.head.module
+
+    def piece_sums(chunk: Tensor, piece: Piece) -> Tensor:
+        return walk.terms(piece, type(head).forward(head, chunk)[..., : walk.vocabulary])
+
+    sums = upcast(rows.new_zeros(len(walk.keys)))
+    for piece in walk.pieces:
+        sums = sums + checkpoint(piece_sums, rows[piece.rows], piece, use_reentrant=False)
+    return walk.weighted(sums) + upcast(rows.sum()) * 0.0, sums
+
+
+class _ChunkedLinear(torch.autograd.Function):
+    """Forms the gradients of hidden rows, head and bias while the logits of a chunk exist; the backward only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, walk: ChunkWalk, *parameters: Tensor) -> Any:
+        needed = list(ctx.needs_input_grad)
+        wanted = [needed[0], needed[1], bias is not None and needed[2], *needed[4:]]
+        inputs = [rows, weight, bias, *parameters]
+        sinks = [_sink(value) if want else None for value, want in zip(inputs, wanted, strict=True)]
+        x = rows.detach().to(walk.compute_dtype)
+        w = weight.detach().to(walk.compute_dtype)
+        b = None if bias is None else bias.detach().to(walk.compute_dtype)
+        per_term = [torch.zeros_like(upcast(x)) for _ in walk.keys] if walk.term_gradients and needed[0] else []
+        sums = upcast(x).new_zeros(len(walk.keys))
+        for piece in walk.pieces:
+            sums += _piece(walk, piece, x, w, b, sinks, per_term)
+        ctx.save_for_backward(*(sink for sink in sinks if sink is not None))
+        ctx.wanted = wanted
+        ctx.dtypes = [None if value is None else value.dtype for value in inputs]
+        ctx.mark_non_differentiable(sums, *per_term)
+        return (walk.weighted(sums), sums, *per_term)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, scale: Tensor, *unused: Any) -> Any:
+        saved = iter(ctx.saved_tensors)
+        result = [
+            (next(saved) * scale).to(dtype) if want else None for want, dtype in zip(ctx.wanted, ctx.dtypes, strict=True)
+        ]
+        return (*result[:3], None, *result[3:])
+
+
+def _sink(value: Tensor) -> Tensor:
+    """float32 (float64) zeros in which the gradient of ``value`` adds up."""
+    return torch.zeros_like(value, dtype=torch.float64 if value.dtype == torch.float64 else torch.float32)
+
+
+def _piece(
+    walk: ChunkWalk, piece: Piece, x: Tensor, w: Tensor, b: Tensor | None, sinks: list[Tensor | None], per_term: list[Tensor]
+) -> Tensor:
+    """The terms' sums on one piece; its gradients are added to the sinks."""
+    chunk = x[piece.rows]
+    raw = upcast(torch.nn.functional.linear(chunk, w, b))
+    if all(sink is None for sink in sinks):
+        return walk.terms(piece, raw)
+    with torch.enable_grad():
+        raw.requires_grad_()
+        sums = walk.terms(piece, raw)
+        total = walk.weighted(sums)
+        for place, sink in enumerate(per_term):
+            (own,) = torch.autograd.grad(sums[place], raw, retain_graph=True, allow_unused=True, materialize_grads=True)
+            _accumulate(sink, piece.rows, upcast(own.to(w.dtype) @ w))
+        at_logits, *at_parameters = torch.autograd.grad(
+            total, [raw, *walk.parameters], allow_unused=True, materialize_grads=True
+        )
+    at_rows, at_weight, at_bias, *at_learned = sinks
+    gradient = at_logits.to(w.dtype)
+    if at_rows is not None:
+        _accumulate(at_rows, piece.rows, gradient @ w)
+    if at_weight is not None:
+        if at_weight.dtype == gradient.dtype:
+            at_weight.addmm_(gradient.T, chunk)
+        else:
+            at_weight += gradient.T @ chunk
+    if at_bias is not None:
+        at_bias += at_logits.sum(0)
+    for sink, own in zip(at_learned, at_parameters, strict=True):
+        if sink is not None:
+            sink += own
+    return sums.detach()
+
+
+def _accumulate(sink: Tensor, rows: slice | Tensor, values: Tensor) -> None:
+    if isinstance(rows, slice):
+        sink[rows] += values
+    else:
+        sink.index_add_(0, rows, values.to(sink.dtype))

@@ -1,0 +1,39 @@
+"""Memory of this process or its GPU, in bytes, with peaks that can be started anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak() -> None:
+    """Starts a new peak."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        try:
+            CLEAR.write_text("5")
+        except OSError:
+            pass  # a system without /proc, or one that forbids it: the peak is then the process's own
+
+
+def read() -> dict[str, int]:
+    """``{"memory_now": bytes, "memory_peak": bytes}``: of the GPU where there is one, otherwise of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"memory_now": torch.cuda.memory_allocated(), "memory_peak": torch.cuda.max_memory_allocated()}
+    try:
+        lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
+        return {
+            "memory_now": int(lines["VmRSS"].split()[0]) * 1024,
+            "memory_peak": int(lines["VmHWM"].split()[0]) * 1024,
+        }
+    except (OSError, KeyError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"memory_now": peak, "memory_peak": peak}

@@ -1,0 +1,249 @@
+"""Teacher and student: load, shape, initialise, freeze."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distily.config import StudentConfig, TeacherConfig
+from distily.errors import DistilyError, nearest, unknown
+from distily.features import decoder_blocks
+from distily.sources import DEMO
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def locate(model: str, key: str) -> str:
+    """The path or hub id that a name stands for. Raises ``DistilyError`` for a path that is no model folder."""
+    if model == "demo":
+        return str(DEMO / "teacher")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise DistilyError(f"{key}: folder {model!r} holds no config.json; allowed: a Hugging Face model folder or hub id.")
+        return str(path)
+    if path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        problem = "is a file" if path.exists() else "does not exist"
+        raise DistilyError(f"{key}: {model!r} {problem}; allowed: a Hugging Face model folder or hub id.")
+    return model
+
+
+def _from_pretrained(loader: Any, model: str, key: str, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(locate(model, key), **options)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join(str(error).split())[:240]
+        raise DistilyError(f"{key}: {model!r} could not be loaded: {reason}") from error
+
+
+def load_config(model: str, key: str, trust_remote_code: bool = False) -> Any:
+    """The model's configuration; no weights."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, model, key, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(model: str, key: str, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, model, key, trust_remote_code=trust_remote_code)
+
+
+def check_tokenizers(teacher: Any, student: Any) -> None:
+    """Raises ``DistilyError`` where two models do not share one tokenizer: token by token losses would compare unlike things."""
+    mine, theirs = student.get_vocab(), teacher.get_vocab()
+    if mine == theirs:
+        return
+    token = min(token for token, _ in mine.items() ^ theirs.items())
+    raise DistilyError(
+        f"student.model: its tokenizer is another one than the teacher's ({len(mine)} against {len(theirs)} tokens; "
+        f"{token!r} is {mine.get(token, 'absent')} there and {theirs.get(token, 'absent')} here); allowed: the same tokenizer."
+    )
+
+
+def load_teacher(
+    config: TeacherConfig, device: torch.device, trust_remote_code: bool = False, key: str = "teacher.model"
+) -> Any:
+    """The teacher, frozen and in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    stored = config.dtype == "auto" and device.type != "cpu"
+    options: dict[str, Any] = {"dtype": "auto" if stored else DTYPES.get(config.dtype, torch.float32)}
+    if config.attention:
+        options["attn_implementation"] = config.attention
+    if config.quantization:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(**config.quantization)
+        options["device_map"] = {"": device}
+    loader = AutoModelForCausalLM
+    teacher = _from_pretrained(loader, config.model, key, trust_remote_code=trust_remote_code, **options)
+    if not config.quantization:
+        teacher = teacher.to(device)
+    return teacher.eval().requires_grad_(False)
+
+
+def student_config(teacher_config: Any, overrides: Mapping[str, Any]) -> Any:
+    """The teacher's configuration with ``overrides``. What transformers derives from a changed value is derived anew.
+
+    Raises ``DistilyError`` for a key that the configuration does not have.
+    """
+    values = teacher_config.to_dict()
+    known = {**{name: name for name in values}, **type(teacher_config).attribute_map}
+    lines = [unknown("student.config", key, known) for key in overrides if key not in known]
+    if lines:
+        raise DistilyError("\n".join(_shorten(line) for line in lines))
+    renamed = {known[key]: value for key, value in overrides.items()}
+    text = teacher_config.get_text_config()
+    depth = text.num_hidden_layers
+    if renamed.get(known.get("num_hidden_layers", "num_hidden_layers"), depth) != depth:
+        values = {key: value for key, value in values.items() if not (isinstance(value, list) and len(value) == depth)}
+    derived = getattr(text, "head_dim", None) == text.hidden_size // text.num_attention_heads
+    if derived and "head_dim" not in renamed:
+        values.pop("head_dim", None)
+    for key in ("architectures", "quantization_config", "_name_or_path", "dtype", "torch_dtype"):
+        values.pop(key, None)
+    try:
+        return type(teacher_config)(**{**values, **renamed})
+    except Exception as error:  # transformers validates configurations with classes of its own
+        reason = " ".join(str(error).split())[:240]
+        raise DistilyError(f"student.config: {dict(overrides)!r} gives no valid configuration: {reason}") from error
+
+
+def _shorten(line: str) -> str:
+    return line if len(line) < 900 else line[:900] + " …"
+
+
+def build_student(
+    config: StudentConfig, teacher: Any, seed: int, trust_remote_code: bool = False, *, weights: bool = True
+) -> Any:
+    """The student on the CPU, in its dtype, initialised and frozen as asked; the same for the same seed.
+
+    ``weights=False``: shapes alone on the meta device, for predictions.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"attn_implementation": config.attention} if config.attention else {}
+    dtype = DTYPES.get(config.dtype, torch.float32)
+    if config.model is not None:
+        if config.config or config.layers or config.initialize:
+            raise DistilyError("student.model: it cannot be combined with student.config, layers or initialize.")
+        loader = AutoModelForCausalLM
+        student = _from_pretrained(
+            loader, config.model, "student.model", dtype=dtype, trust_remote_code=trust_remote_code, **options
+        )
+    else:
+        shaped = student_config(teacher.config, config.config or default_shape(teacher.config))
+        torch.manual_seed(seed)
+        try:
+            with torch.device("cpu" if weights else "meta"):
+                student = AutoModelForCausalLM.from_config(
+                    shaped, dtype=dtype, trust_remote_code=trust_remote_code, **options
+                )
+        except (ValueError, RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:240]
+            raise DistilyError(f"student.config: {config.config!r} builds no model: {reason}") from error
+        student.generation_config = teacher.generation_config
+        if weights:
+            _initialize(student, teacher, config)
+    for name in config.freeze:
+        _module(student, name, "student.freeze").requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise DistilyError("student.freeze: nothing is left to train.")
+    student.config.use_cache = False
+    return student
+
+
+def default_shape(teacher_config: Any) -> dict[str, int]:
+    """Half the teacher's depth: what a student is that nobody described."""
+    return {"num_hidden_layers": max(1, teacher_config.get_text_config().num_hidden_layers // 2)}
+
+
+def _initialize(student: Any, teacher: Any, config: StudentConfig) -> None:
+    if config.initialize == "random":
+        if config.layers:
+            raise DistilyError("student.layers: it needs student.initialize teacher_layers, not random.")
+    else:
+        misfit = _misfit(student, teacher)
+        if misfit is None:
+            _copy_blocks(student, teacher, config.layers)
+        elif config.initialize == "teacher_layers" or config.layers:
+            raise DistilyError(f"student.initialize: teacher_layers needs equal shapes, and {misfit}; allowed: random.")
+    for name in config.copy:
+        source = _module(teacher, name, "student.copy").state_dict()
+        target = _module(student, name, "student.copy")
+        for key, value in target.state_dict().items():
+            if key not in source or source[key].shape != value.shape:
+                raise DistilyError(f"student.copy: {name}.{key} has another shape in the teacher; allowed: equal shapes.")
+        target.load_state_dict({key: source[key] for key in target.state_dict()})
+    student.tie_weights()
+
+
+def _misfit(student: Any, teacher: Any) -> str | None:
+    """Why teacher blocks do not fit into the student, or None."""
+    theirs = decoder_blocks(teacher)[0].state_dict()
+    for key, value in decoder_blocks(student)[0].state_dict().items():
+        if key not in theirs or theirs[key].shape != value.shape:
+            found = tuple(theirs[key].shape) if key in theirs else "absent"
+            return f"a block's {key} is {tuple(value.shape)} in the student and {found} in the teacher"
+    return None
+
+
+def _copy_blocks(student: Any, teacher: Any, layers: list[int] | None) -> None:
+    """Teacher blocks into the student's, and everything outside the blocks that has the same shape."""
+    mine, theirs = decoder_blocks(student), decoder_blocks(teacher)
+    chosen = layers or spread(len(mine), len(theirs))
+    if len(chosen) != len(mine) or max(chosen) > len(theirs):
+        raise DistilyError(
+            f"student.layers: {chosen!r} is not allowed; allowed: {len(mine)} numbers from 1 to {len(theirs)}, one for each block."
+        )
+    inside = {id(parameter) for blocks in (mine, theirs) for parameter in blocks.parameters()}
+    source = dict(teacher.named_parameters())
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if id(parameter) not in inside and name in source and source[name].shape == parameter.shape:
+                parameter.copy_(source[name])
+    for block, number in zip(mine, chosen, strict=True):
+        block.load_state_dict(theirs[number - 1].state_dict())
+
+
+def spread(student_layers: int, teacher_layers: int) -> list[int]:
+    """Teacher blocks for a shallower (or deeper) student, first and last kept: 1 + round((i−1)(L_t−1)/(L_s−1))."""
+    if student_layers == 1:
+        return [1]
+    steps = student_layers - 1
+    return [1 + (2 * i * (teacher_layers - 1) + steps) // (2 * steps) for i in range(student_layers)]
+
+
+def _module(model: nn.Module, name: str, key: str) -> nn.Module:
+    modules = dict(model.named_modules())
+    if name in modules and name:
+        return modules[name]
+    close = nearest(name, modules)
+    guess = f"; did you mean {close!r}?" if close else "."
+    raise DistilyError(f"{key}: module {name!r} does not exist{guess} Allowed: names of the model's modules, such as lm_head.")
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """The tokenizer's real vocabulary: its largest id and one, without a head's padding."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+def max_length(wanted: int, tokenizer: Any, *models: Any) -> int:
+    """``wanted``, lowered to what every model and the tokenizer can read."""
+    limits = [wanted]
+    limits += [
+        limit
+        for model in models
+        if isinstance(limit := getattr(model.config.get_text_config(), "max_position_embeddings", None), int) and limit > 0
+    ]
+    if tokenizer.model_max_length and tokenizer.model_max_length < 10**9:
+        limits.append(int(tokenizer.model_max_length))
+    return min(limits)

@@ -1,0 +1,236 @@
+"""Finds the plugins, checks what they offer, and turns names into components. A broken plugin is listed and stops nobody else."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from distily import hookspecs
+from distily.config import RunConfig
+from distily.errors import DistilyError, unknown, wrong
+from distily.hookspecs import KINDS, PROJECT, Factory
+from distily.objectives import DRIVER_INPUTS, RESERVED, SITES
+from distily.schema import Option, conforms, describe, mistakes, options
+from distily.spec import Component, parse_component
+
+ENVIRONMENT = "DISTILY_PLUGINS"
+SCHEDULES = ("linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Offered:
+    """One component that a plugin offers."""
+
+    kind: str
+    name: str
+    factory: Factory
+    plugin: str
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        description = getattr(self.factory, "description", None)
+        return tuple(description.aliases if description else getattr(self.factory, "aliases", ()))
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """Options by name. The core's own keys of a term are not among them."""
+        supplied = DRIVER_INPUTS if self.kind == "objectives" else ()
+        return options(self.factory, supplied)
+
+    def build(self, chosen: Mapping[str, Any]) -> Any:
+        """The component: a class constructed with its options, a function with its options bound."""
+        positional = self.kind == "projectors"
+        if isinstance(self.factory, type) and not positional:
+            return self.factory(**chosen)
+        return partial(self.factory, **chosen)
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed plugin: where it comes from, and its components or why it cannot be used."""
+
+    name: str
+    module: str
+    distribution: str
+    version: str
+    components: tuple[Offered, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """All that is installed."""
+
+    packages: tuple[Package, ...] = field(default_factory=tuple)
+
+    @property
+    def broken(self) -> tuple[Package, ...]:
+        return tuple(package for package in self.packages if package.error)
+
+    def offered(self, kind: str) -> dict[str, list[Offered]]:
+        """Canonical names of a kind; more than one entry where plugins clash."""
+        result: dict[str, list[Offered]] = {}
+        for package in self.packages:
+            for entry in package.components:
+                if entry.kind == kind:
+                    result.setdefault(entry.name, []).append(entry)
+        return result
+
+    def find(self, kind: str, name: str, where: str | None = None) -> Offered:
+        """The component of this name or alias. Raises ``DistilyError`` where there is none, or more than one."""
+        where = where or KINDS[kind]
+        everything = [entry for entries in self.offered(kind).values() for entry in entries]
+        found = [entry for entry in everything if name == entry.name or name in entry.aliases]
+        if len(found) > 1:
+            owners = " and ".join(sorted(f"{entry.plugin} ({entry.name})" for entry in found))
+            raise DistilyError(f"{where} {name!r} is offered by {owners}; remove one, or set {ENVIRONMENT}.")
+        if found:
+            return found[0]
+        known = {entry.name for entry in everything} | {alias for entry in everything for alias in entry.aliases}
+        line = unknown(where, name, known)
+        line += "".join(f" Plugin {package.name} is broken: {package.error}." for package in self.broken)
+        raise DistilyError(line)
+
+    def build(self, kind: str, component: Component) -> Any:
+        """The component that ``component`` names. Raises ``DistilyError`` with a line for each mistake."""
+        where = f"{KINDS[kind]} {component.name}"
+        entry = self.find(kind, component.name)
+        lines = mistakes(where, component.options, entry.options)
+        if lines:
+            raise DistilyError("\n".join(lines))
+        try:
+            return entry.build(component.options)
+        except (TypeError, ValueError) as error:
+            raise DistilyError(f"{where}: {error}") from error
+
+    def check(self, config: RunConfig) -> None:
+        """Every component that the configuration names: all mistakes in one ``DistilyError``, before anything is loaded."""
+        lines: list[str] = []
+        for component in config.objectives:
+            lines += self._check_term(component)
+        groups = {"quantizers": (config.quantizer,), "evaluators": config.evaluators, "loggers": config.loggers}
+        for kind, components in groups.items():
+            for component in components:
+                lines += self._check_component(kind, component) if component else []
+        if not config.objectives:
+            lines.append(wrong("objectives", [], "at least one objective, such as forward_kl"))
+        if lines:
+            raise DistilyError("\n".join(lines))
+
+    def _check_component(self, kind: str, component: Component, where: str | None = None) -> list[str]:
+        try:
+            entry = self.find(kind, component.name, where)
+        except DistilyError as error:
+            return [str(error)]
+        return mistakes(where or f"{KINDS[kind]} {component.name}", component.options, entry.options)
+
+    def _check_term(self, component: Component) -> list[str]:
+        try:
+            entry = self.find("objectives", component.name)
+        except DistilyError as error:
+            return [str(error)]
+        where = f"objective {component.name}"
+        description = getattr(entry.factory, "description", None)
+        if description is None:
+            return [f"{where}: plugin {entry.plugin} made it without @token_objective or @row_set_objective."]
+        reserved = {key: Option(key, Any, None) for key in RESERVED if key != "temperature" or not description.own_temperature}
+        lines = mistakes(where, component.options, {**reserved, **entry.options})
+        chosen = component.options
+        site = chosen.get("on", description.on[0])
+        if site not in description.on:
+            lines.append(wrong(f"{where}: on", site, ", ".join(description.on)))
+        for key, kind in (("mapper", "layer_mappers"), ("projector", "projectors"), ("normalizer", "normalizers")):
+            if key in chosen:
+                if site == "logits" and site in SITES:
+                    lines.append(f"{where}: {key} is for terms on features; this one is on logits.")
+                else:
+                    nested = chosen[key] if isinstance(chosen[key], (Component, str, Mapping)) else str(chosen[key])
+                    lines += self._check_component(kind, parse_component(nested, key), f"{where}: {KINDS[kind]}")
+        lines += _check_weight(where, chosen.get("weight", 1.0))
+        if description.temperature_scale is None and not description.own_temperature:
+            lines += [f"{where}: it takes no {key}." for key in ("temperature", "temperature_scale") if key in chosen]
+        elif not description.own_temperature:
+            temperature = chosen.get("temperature", 1.0)
+            if not conforms(temperature, float) or temperature <= 0:
+                lines.append(wrong(f"{where}: temperature", temperature, "a number above 0"))
+            scale = chosen.get("temperature_scale", "t2")
+            if scale not in ("t2", "t", "none"):
+                lines.append(wrong(f"{where}: temperature_scale", scale, "t2, t, none"))
+        return lines
+
+
+def _check_weight(where: str, weight: Any) -> list[str]:
+    """A weight is a number or a schedule ``linear(start=…, end=…, until=…)`` over the share of training done."""
+    if conforms(weight, float):
+        return []
+    if not isinstance(weight, Component) or weight.name not in SCHEDULES:
+        return [wrong(f"{where}: weight", str(weight), "a number, linear(start=1,end=0) or cosine(start=1,end=0)")]
+    allowed = {
+        "start": Option("start", float, inspect.Parameter.empty),
+        "end": Option("end", float, inspect.Parameter.empty),
+        "until": Option("until", float, 1.0),
+    }
+    return mistakes(f"{where}: weight {weight.name}", weight.options, allowed)
+
+
+def load(found: Iterable[EntryPoint] | None = None) -> Plugins:
+    """Every plugin of the entry-point group ``distily``, in the order of their names.
+
+    ``DISTILY_PLUGINS=a,b`` restricts them by entry-point name; set to nothing, none is loaded.
+    """
+    found = entry_points(group=PROJECT) if found is None else found
+    chosen = os.environ.get(ENVIRONMENT)
+    wanted = None if chosen is None else {name.strip() for name in chosen.split(",") if name.strip()}
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    entries = sorted(found, key=lambda entry: (entry.name, entry.value))
+    return Plugins(tuple(_load_one(entry, manager) for entry in entries if wanted is None or entry.name in wanted))
+
+
+def _load_one(entry: EntryPoint, manager: pluggy.PluginManager) -> Package:
+    distribution = entry.dist.name if entry.dist else "?"
+    version = entry.dist.version if entry.dist else "?"
+    package = partial(Package, entry.name, entry.value, distribution, version)
+    try:
+        module = entry.load()
+        manager.register(module, name=f"{distribution}:{entry.name}")
+        return package(components=tuple(_components(entry.name, module, manager)))
+    except Exception as error:  # a stranger's import may raise anything; it is shown, not hidden
+        reason = str(error).splitlines()[0] if str(error) else ""
+        return package(error=f"{type(error).__name__}: {reason}" if reason else type(error).__name__)
+
+
+def _components(plugin: str, module: Any, manager: pluggy.PluginManager) -> Iterable[Offered]:
+    specified = {f"{PROJECT}_{kind}": kind for kind in KINDS}
+    for caller in manager.get_hookcallers(module) or []:
+        if caller.name not in specified:
+            raise ValueError(unknown("hook", caller.name, specified))
+        for implementation in caller.get_hookimpls():
+            if implementation.plugin is not module:
+                continue
+            offered = implementation.function()
+            if not isinstance(offered, Mapping) or not all(callable(factory) for factory in offered.values()):
+                raise TypeError(f"hook {caller.name} must return {{name: factory}}, not {type(offered).__name__}")
+            kind = specified[caller.name]
+            for name, factory in offered.items():
+                entry = Offered(kind, name, factory, plugin)
+                clash = set(entry.options) & (set(RESERVED) - {"temperature"}) if kind == "objectives" else set()
+                if clash:
+                    raise ValueError(f"objective {name!r} has an option {min(clash)!r}, which belongs to the core")
+                yield entry
+
+
+def signature_line(entry: Offered) -> str:
+    """The options of a component on one line, with defaults: ``k: an integer = 1``."""
+    parts = []
+    for option in entry.options.values():
+        default = "" if option.required else f" = {option.default!r}"
+        parts.append(f"{option.name}: {describe(option.hint)}{default}")
+    return "; ".join(parts)

@@ -1,0 +1,111 @@
+"""A component in words: ``{name: …, option: …}`` in YAML, ``name:option=value,option=value`` on the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from distily.errors import DistilyError
+
+OPENING, CLOSING = "([{", ")]}"
+NESTED = re.compile(r"([A-Za-z_][\w-]*)\((.*)\)", re.DOTALL)
+FORM = "name or name:option=value,option=value, such as \"cosine:mapper=last_k(k=2),weight=0.3\""
+
+
+@dataclass(frozen=True)
+class Component:
+    """A named component and its options; an option's value may be a component again."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.options:
+            return self.name
+        return f"{self.name}:{','.join(f'{key}={_written(value)}' for key, value in self.options.items())}"
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, Component):
+        inner = ",".join(f"{key}={_written(item)}" for key, item in value.options.items())
+        return f"{value.name}({inner})" if inner else value.name
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(_written(item) for item in value)}]"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return str(value)
+
+
+def parse_component(value: Any, key: str) -> Component:
+    """A component from a text or a mapping. ``key`` is where it stands, named in the ``DistilyError`` of a bad form."""
+    if isinstance(value, Component):
+        return value
+    if isinstance(value, Mapping):
+        options = dict(value)
+        name = options.pop("name", None)
+        if not isinstance(name, str) or not name:
+            raise DistilyError(f"{key}: {dict(value)!r} has no name; allowed: {{name: …, option: …}}.")
+        return Component(name, {option: _nested(item, key) for option, item in options.items()})
+    if not isinstance(value, str) or not value.strip():
+        raise DistilyError(f"{key}: {value!r} is not allowed; allowed: {FORM}.")
+    name, _, rest = value.strip().partition(":")
+    if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
+        raise DistilyError(f"{key}: {value!r} is not allowed; allowed: {FORM}.")
+    return Component(name, _options(rest, key))
+
+
+def _nested(value: Any, key: str) -> Any:
+    """A mapping with a name inside a mapping is a component; a text with parentheses is one too."""
+    if isinstance(value, Mapping) and "name" in value:
+        return parse_component(value, key)
+    if isinstance(value, str) and NESTED.fullmatch(value.strip()):
+        return _value(value, key)
+    return value
+
+
+def _options(text: str, key: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for part in _split(text, key):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise DistilyError(f"{key}: {part!r} is not allowed; allowed: option=value.")
+        if name.strip() in options:
+            raise DistilyError(f"{key}: option {name.strip()!r} is given twice.")
+        options[name.strip()] = _value(value, key)
+    return options
+
+
+def _value(text: str, key: str) -> Any:
+    match = NESTED.fullmatch(text.strip())
+    if match:
+        return Component(match[1], _options(match[2], key))
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DistilyError(f"{key}: {text!r} is not a value; allowed: a YAML scalar or list.") from error
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a text
+        except ValueError:
+            return value
+    return value
+
+
+def _split(text: str, key: str) -> Iterator[str]:
+    """The parts of ``text`` between commas that stand outside every bracket."""
+    depth, start = 0, 0
+    for index, character in enumerate(text):
+        depth += (character in OPENING) - (character in CLOSING)
+        if depth < 0:
+            break
+        if character == "," and depth == 0:
+            yield text[start:index]
+            start = index + 1
+    if depth:
+        raise DistilyError(f"{key}: the brackets in {text!r} do not match.")
+    if text.strip():
+        yield text[start:]

@@ -1,0 +1,72 @@
+"""The contract of a teacher: signals for a batch. Logits are a source that the driver reads by chunk, never a whole tensor.
+
+Letters: B batch, S sequence, N supervised tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distily.features import Feature, FeatureCapture
+from distily.heads import OutputHead, select
+
+
+class LogitSource(Protocol):
+    """The teacher's logits at the supervised tokens of a batch."""
+
+    def chunk(self, rows: slice | Tensor) -> Tensor:
+        """Dense logits ``(n, V)`` in float32 of supervised rows ``rows``, without gradient."""
+
+
+@dataclass(frozen=True)
+class TeacherSignals:
+    """What the teacher says about one batch: logits at the supervised tokens, features at all of them ``(B, S, H)``."""
+
+    logits: LogitSource | None
+    features: Mapping[Feature, Tensor]
+
+
+class Teacher(Protocol):
+    """A source of signals; a model in this process, or anything that recorded or serves one."""
+
+    has_features: bool
+
+    def signals(self, inputs: Mapping[str, Any], index: Tensor) -> TeacherSignals:
+        """Signals for the model inputs of a batch; ``index`` (N,) are the supervised positions of the flattened batch."""
+
+
+class DenseLogits:
+    """Logits computed from the last hidden states ``(N, H)`` and the head, a chunk at a time."""
+
+    def __init__(self, head: OutputHead, hidden: Tensor, vocabulary: int) -> None:
+        self.head, self.hidden, self.vocabulary = head, hidden, vocabulary
+
+    def chunk(self, rows: slice | Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
+            weight = getattr(self.head.module, "weight", None)
+            hidden = self.hidden[rows]
+            if self.head.is_linear and weight is not None:
+                hidden = hidden.to(weight.dtype)
+            return self.head.logits(hidden, self.vocabulary)
+
+
+class LocalTeacher:
+    """Any Hugging Face causal language model in this process, frozen, of any dtype or Hugging Face quantisation."""
+
+    has_features = True
+
+    def __init__(self, model: Any, vocabulary: int, wanted: Iterable[Feature] = ()) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.head = OutputHead(model)
+        self.vocabulary = vocabulary
+        self.capture = FeatureCapture(model, wanted)
+
+    def signals(self, inputs: Mapping[str, Any], index: Tensor) -> TeacherSignals:
+        with torch.no_grad(), self.capture.opened() as features:
+            hidden = self.head.last_hidden_states(self.model, inputs)
+        return TeacherSignals(DenseLogits(self.head, select(hidden, index), self.vocabulary), features)

@@ -1,0 +1,116 @@
+"""The trainer: ``transformers.Trainer`` with the driver's loss, the terms in the log, and evaluators in place of HF's evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from distily import memory
+from distily.batch import model_inputs
+from distily.driver import Driver, Step
+from distily.evaluation import EvaluationContext, Evaluator, measure
+
+
+class Distilling(TrainerCallback):
+    """Hands the trainer's clock to a quantizer before each optimizer step."""
+
+    def __init__(self, quantizer: Any, student: Any) -> None:
+        self.quantizer, self.student = quantizer, student
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.quantizer.on_progress(self.student, state.global_step, state.max_steps)
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student that a driver is attached to. Overrides ``compute_loss``, ``log`` and ``evaluate``, nothing private."""
+
+    def __init__(
+        self, driver: Driver, evaluators: Mapping[str, Evaluator], context: EvaluationContext | None, quantizer: Any = None, **keywords: Any
+    ) -> None:
+        super().__init__(**keywords)
+        # the loss is divided by the tokens of the accumulated batch already, for every class of model
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.driver = driver
+        self.evaluators = evaluators
+        self.evaluation_context = context
+        self._sums: dict[str, Tensor] = {}
+        self._tokens = self._logged_step = 0
+        self._clock: float | None = None
+        self._paused = 0.0
+        if quantizer is not None:
+            self.add_callback(Distilling(quantizer, self.model))
+
+    @property
+    def progress(self) -> float:
+        """Share of the training done, 0 to 1."""
+        return self.state.global_step / max(1, self.state.max_steps)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The driver's loss of one micro-batch, for a backward whose gradients are averaged over ranks."""
+        if self._clock is None:
+            memory.reset_peak()
+            self._restart()
+        with self.driver.step(inputs, num_items_in_batch, self.progress, self.state.global_step) as step:
+            outputs = model(**model_inputs(inputs), use_cache=False)
+        self._collect(step, inputs)
+        loss = outputs["loss"]
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # N counts the tokens of all ranks, DDP averages
+        return (loss, outputs) if return_outputs else loss
+
+    def _collect(self, step: Step, inputs: Mapping[str, Any]) -> None:
+        for key, value in step.values.items():
+            weighted = value * self.driver.terms[key].weight.at(step.progress)
+            for name, part in ((f"{key}", value), (f"{key}_weighted", weighted)):
+                self._sums[name] = self._sums[name] + part if name in self._sums else part.clone()
+        self._tokens += inputs["input_ids"].numel()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to a training log: each term raw and weighted, seconds, tokens a second, memory with its training peak."""
+        if "loss" in logs and self._clock is not None and self.state.global_step > self._logged_step:
+            steps = self.state.global_step - self._logged_step
+            ranks = self.accelerator.num_processes
+            for name, value in self._sums.items():
+                total = self.accelerator.reduce(value, "sum") if ranks > 1 else value
+                scale = 1.0 if self.args.average_tokens_across_devices else 1.0 / ranks
+                logs[f"term_{name}"] = float(total) * scale / steps
+            seconds = time.perf_counter() - self._clock - self._paused
+            logs["train_seconds"] = seconds
+            logs["tokens_per_second"] = self._tokens * ranks / max(seconds, 1e-9)
+            logs.update({f"train_{name}": value for name, value in memory.read().items()})
+            self._restart()
+        super().log(logs, start_time)
+
+    def _restart(self) -> None:
+        self._sums, self._tokens, self._paused = {}, 0, 0.0
+        self._logged_step = self.state.global_step
+        self._clock = time.perf_counter()
+
+    def evaluate(self, *arguments: Any, metric_key_prefix: str = "eval", **keywords: Any) -> dict[str, float]:
+        """The evaluators that are cheap enough, on the held-out tokens, with time and memory of their own."""
+        if self.evaluation_context is None:
+            return {}
+        began = time.perf_counter()
+        before = memory.read()
+        memory.reset_peak()
+        results = measure(self.evaluators, self.model, self.evaluation_context, during_training=True)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
+        if "perplexity_nats" in results:
+            metrics[f"{metric_key_prefix}_loss"] = results["perplexity_nats"]
+        metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - began
+        metrics.update({f"{metric_key_prefix}_{name}": value for name, value in memory.read().items()})
+        metrics["train_memory_before_eval"] = before["memory_now"]
+        metrics["train_memory_peak"] = before["memory_peak"]
+        memory.reset_peak()
+        self._paused += time.perf_counter() - began
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
