@@ -72,10 +72,12 @@ def training_arguments(config: RunConfig, folder: Path, *, mixed_precision: bool
 
     check_train(config.train)
     chosen = {**DEFAULTS, **config.train, **overrides}
-    checkpointing = dict(chosen.get("gradient_checkpointing_kwargs") or {})
+    old, new = "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"
+    checkpointing = dict(chosen.pop(new, None) or chosen.pop(old, None) or {})
+    known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
     if checkpointing.get("use_reentrant"):
         raise DistilyError(
-            "train.gradient_checkpointing_kwargs: use_reentrant true is not supported, features would lose their gradient; "
+            f"train.{old}: use_reentrant true is not supported, features would lose their gradient; "
             "allowed: false."
         )
     if mixed_precision and not {"bf16", "fp16"} & set(chosen):
@@ -93,7 +95,7 @@ def training_arguments(config: RunConfig, folder: Path, *, mixed_precision: bool
                 "label_names": ["labels"],
                 "disable_tqdm": True,
                 "accelerator_config": accelerator,
-                "gradient_checkpointing_kwargs": {**checkpointing, "use_reentrant": False},
+                new if new in known else old: {**checkpointing, "use_reentrant": False},
                 "use_cpu": chosen.get("use_cpu", not torch.cuda.is_available()),
                 "dataloader_pin_memory": chosen.get("dataloader_pin_memory", torch.cuda.is_available()),
             }

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from distily.record import RunRecord
 
 REPEATED = {"objective": "objectives", "evaluator": "evaluators", "logger": "loggers"}
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 DEMO_CONFIG = Path(__file__).parent / "demo" / "demo.yaml"
 
 
@@ -84,6 +91,9 @@ def _write_traceback() -> str:
 @click.option("--debug", is_flag=True, help="Show tracebacks instead of one-line errors.")
 def main(debug: bool) -> None:
     """Distil a Hugging Face causal language model into a smaller, a 1.58-bit or a differently shaped student."""
+    if not debug:  # the libraries' own bars and notices; ours say what a run does
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
 
 
 @main.command()

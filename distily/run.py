@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers import PrinterCallback
 
 from distily.arguments import kept_checkpoints, training_arguments
 from distily.assembly import Assembly, assemble
@@ -110,6 +111,7 @@ def train(
             stop,
         ],
     )
+    trainer.remove_callback(PrinterCallback)  # loggers print
     with PartialState().main_process_first():
         newest = newest_whole(folder)
     began = time.perf_counter()
