@@ -66,11 +66,12 @@ def assemble(config: RunConfig, plugins: Plugins) -> Assembly:
 
     Raises ``DistilyError`` for whatever does not fit.
     """
+    mixed = uses_mixed_precision(config)
     plugins.check(config)
-    on_gpu = torch.cuda.is_available() and not config.train.get("use_cpu")
-    mixed = on_gpu and config.student.dtype in ("float32", "auto") and config.train.get("bf16", True) is True
     device = training_arguments(config, Path(config.output_dir), mixed_precision=mixed).device
     evaluators = {entry.name: plugins.build("evaluators", entry) for entry in config.evaluators}
+    for evaluator in evaluators.values():
+        evaluator.prepare()
     loggers = [plugins.build("loggers", entry) for entry in config.loggers]
     tokenizer = models.load_tokenizer(config.teacher.model, "teacher.model", config.trust_remote_code)
     if config.student.model is not None:
@@ -92,6 +93,12 @@ def assemble(config: RunConfig, plugins: Plugins) -> Assembly:
     _probe(parts, student.to(device))
     _check_disk(config, student)
     return parts
+
+
+def uses_mixed_precision(config: RunConfig) -> bool:
+    """bf16 autocast over float32 weights: on a GPU, unless the configuration says otherwise."""
+    on_gpu = torch.cuda.is_available() and not config.train.get("use_cpu")
+    return on_gpu and config.student.dtype in ("float32", "auto") and config.train.get("bf16", True) is True
 
 
 def _check_heads(vocabulary: int, **by_role: Any) -> None:

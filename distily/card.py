@@ -7,6 +7,7 @@ in ``teacher`` and in the text, never in ``base_model``.
 
 from __future__ import annotations
 
+import math
 
 from pathlib import Path
 from typing import Any
@@ -55,42 +56,21 @@ def verdict(record: RunRecord) -> str:
 
 def model_card(record: RunRecord, provenance: dict[str, Any]) -> str:
     """The whole README.md of the student."""
-    from huggingface_hub import EvalResult, ModelCardData
-
     config = record.config
     teacher, data = _public(config["teacher"]["model"]), _public(config["data"]["dataset"])
     student = config["student"]["model"]
-    results = [
-        EvalResult(
-            task_type="text-generation", dataset_type=data, dataset_name=f"{data} (held out)", metric_type=name, metric_value=value
-        )
-        for name, value in record.metrics.get("student", {}).items()
-        if value == value and abs(value) != float("inf")
-    ]
-    quantizer = config.get("quantizer")
-    tags = ["distily", "distillation", "knowledge-distillation", *([quantizer["name"]] if quantizer else [])]
     name = f"{Path(teacher).name}-distilled"
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=tags,
-        datasets=[data] if _is_hub_id(data) else None,
-        base_model=_public(student) if student and _is_hub_id(student) else None,
-        model_name=name,
-        eval_results=results,
-        teacher=teacher,
-    )
     objectives = "\n".join(f"- `{_spec(objective)}`" for objective in config["objectives"])
     shape = ", ".join(f"{key} = {value}" for key, value in (config["student"]["config"] or {}).items())
     origin = f"the checkpoint `{_public(student)}`" if student else f"the teacher's configuration{f' with {shape}' if shape else ''}"
-    commit = provenance.get("commit") or "unknown commit"
+    version = provenance["versions"]["distily"]
     return f"""---
-{metadata.to_yaml()}
+{_metadata(record, name, teacher, data)}
 ---
 
 # {name}
 
-A student of `{teacher}`, distilled with [Distily](https://pypi.org/project/distily/) {provenance["versions"]["distily"]}.
+A student of `{teacher}`, distilled with Distily {version}.
 It has {record.student_parameters:,} parameters, the teacher {record.teacher_parameters:,}
 ({record.student_parameters / max(1, record.teacher_parameters):.1%}). It was built from {origin}.
 
@@ -107,18 +87,43 @@ Held-out tokens: `{data}`, the same for every row. Perplexity is per token of th
 
 {objectives}
 
-{record.steps:,} optimizer steps, {record.supervised_tokens:,} supervised tokens in the training set, {record.train_seconds:,.0f} seconds
-on {_hardware(provenance)}.
+{record.steps:,} optimizer steps on {record.supervised_tokens:,} supervised tokens of `{data}`, {record.train_seconds:,.0f} seconds on
+{_hardware(provenance)}.
 
 ## Reproduce
 
 ```
-pip install distily=={provenance["versions"]["distily"]}   # {commit}
+pip install distily=={version}   # commit {provenance.get("commit") or "unknown"}
 distily train config.yaml --output-dir runs/again
 ```
 
 `config.yaml` is beside this card. Versions: {", ".join(f"{key} {value}" for key, value in provenance["versions"].items())}.
 """
+
+
+def _metadata(record: RunRecord, name: str, teacher: str, data: str) -> str:
+    """The YAML header, by ``huggingface_hub``."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    student, quantizer = record.config["student"]["model"], record.config.get("quantizer")
+    results = [
+        EvalResult(
+            task_type="text-generation", dataset_type=data, dataset_name=f"{data} (held out)", metric_type=metric, metric_value=value
+        )
+        for metric, value in record.metrics.get("student", {}).items()
+        if math.isfinite(value)
+    ]
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["distily", "distillation", "knowledge-distillation", *([quantizer["name"]] if quantizer else [])],
+        datasets=[data] if _is_hub_id(data) else None,
+        base_model=student if student and _is_hub_id(student) else None,
+        model_name=name,
+        eval_results=results,
+        teacher=teacher,
+    )
+    return str(metadata.to_yaml())
 
 
 def _hardware(provenance: dict[str, Any]) -> str:
@@ -128,12 +133,14 @@ def _hardware(provenance: dict[str, Any]) -> str:
 
 def _public(name: str) -> str:
     """A hub id as it is; of a local path only the last part, for a card is read elsewhere."""
+    if name == "demo":
+        return "distily-demo"
     return name if _is_hub_id(name) else Path(name).name
 
 
 def _is_hub_id(name: str) -> bool:
     path = Path(name).expanduser()
-    return name != "demo" and not path.exists() and not path.is_absolute() and name.count("/") <= 1 and not path.suffix
+    return name != "distily-demo" and not path.exists() and not path.is_absolute() and name.count("/") <= 1 and not path.suffix
 
 
 def _spec(objective: dict[str, Any]) -> str:

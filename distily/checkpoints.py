@@ -49,12 +49,14 @@ def is_whole(folder: Path) -> bool:
 
 
 def newest_whole(run: Path) -> Path | None:
-    """The newest whole checkpoint; folders after it, which a kill left behind, are removed."""
-    for folder in reversed(folders(run)):
+    """The newest whole checkpoint; the others that a kill left behind, half written or half removed, go."""
+    newest = None
+    for folder in folders(run):
         if is_whole(folder):
-            return folder
-        shutil.rmtree(folder)
-    return None
+            newest = folder
+        else:
+            shutil.rmtree(folder)
+    return newest
 
 
 class SealCheckpoints(TrainerCallback):
@@ -73,6 +75,18 @@ class SealCheckpoints(TrainerCallback):
         seal(current)
         for folder in folders(run)[: -self.keep]:
             shutil.rmtree(folder)
+
+
+class TrainedAlready(Exception):  # noqa: N818
+    """The checkpoint that a training was resumed from is that of its last step."""
+
+
+class SkipTrained(TrainerCallback):
+    """Raises ``TrainedAlready`` once the weights are loaded; transformers would do one step more."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise TrainedAlready
 
 
 class StopOnSignal(TrainerCallback):

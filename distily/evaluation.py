@@ -38,6 +38,9 @@ class Evaluator:
 
     during_training = True
 
+    def prepare(self) -> None:
+        """Called before training starts, so that a wrong name or a missing file is found at once and not after hours."""
+
     def evaluate(self, model: PreTrainedModel, context: EvaluationContext) -> dict[str, float]:
         """Named numbers of ``model``; the run stores them as ``<evaluator>_<metric>``."""
         raise NotImplementedError(f"{type(self).__name__}.evaluate")

@@ -31,6 +31,7 @@ def plugin_values(plugins: Plugins) -> list[dict[str, Any]]:
 
 
 def plugin_lines(plugins: Plugins) -> Iterator[str]:
+    """One line a package; the broken ones last, with the reason."""
     for values in plugin_values(plugins):
         if values["error"]:
             yield f"{values['name']}  {values['distribution']} {values['version']}  BROKEN: {values['error']}"
@@ -71,6 +72,7 @@ def component_values(plugins: Plugins, word: str | None) -> list[dict[str, Any]]
 
 
 def component_lines(plugins: Plugins, word: str | None) -> Iterator[str]:
+    """One line a component under its kind; everything about it when it is asked for by name."""
     values = component_values(plugins, word)
     by_name = word is not None and all(word == entry["name"] or word in entry["aliases"] for entry in values)
     kind = None

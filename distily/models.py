@@ -121,13 +121,39 @@ def _shorten(line: str) -> str:
     return line if len(line) < 900 else line[:900] + " …"
 
 
-def build_student(
-    config: StudentConfig, teacher: Any, seed: int, trust_remote_code: bool = False, *, weights: bool = True
-) -> Any:
-    """The student on the CPU, in its dtype, initialised and frozen as asked; the same for the same seed.
+def shape_of_teacher(config: TeacherConfig, trust_remote_code: bool = False) -> Any:
+    """The teacher on the meta device: shapes and dtypes without weights, for predictions."""
+    loaded = load_config(config.model, "teacher.model", trust_remote_code)
+    stored = getattr(loaded, "dtype", None) if torch.cuda.is_available() and config.dtype == "auto" else None
+    return _shape(loaded, stored or DTYPES.get(config.dtype, torch.float32), config.attention, trust_remote_code)
 
-    ``weights=False``: shapes alone on the meta device, for predictions.
-    """
+
+def shape_of_student(config: StudentConfig, teacher: Any, trust_remote_code: bool = False) -> Any:
+    """The student on the meta device; ``teacher`` gives the configuration, with or without weights."""
+    loaded = (
+        load_config(config.model, "student.model", trust_remote_code)
+        if config.model is not None
+        else student_config(teacher.config, config.config or default_shape(teacher.config))
+    )
+    student = _shape(loaded, DTYPES.get(config.dtype, torch.float32), config.attention, trust_remote_code)
+    return _freeze(student, config)
+
+
+def _shape(config: Any, dtype: torch.dtype, attention: str | None, trust_remote_code: bool, device: str = "meta") -> Any:
+    """A model from a configuration. Raises ``DistilyError`` where it builds none."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    try:
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise DistilyError(f"student.config: it builds no model: {reason}") from error
+
+
+def build_student(config: StudentConfig, teacher: Any, seed: int, trust_remote_code: bool = False) -> Any:
+    """The student on the CPU, in its dtype, initialised and frozen as asked; the same for the same seed."""
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"attn_implementation": config.attention} if config.attention else {}
@@ -142,22 +168,18 @@ def build_student(
     else:
         shaped = student_config(teacher.config, config.config or default_shape(teacher.config))
         torch.manual_seed(seed)
-        try:
-            with torch.device("cpu" if weights else "meta"):
-                student = AutoModelForCausalLM.from_config(
-                    shaped, dtype=dtype, trust_remote_code=trust_remote_code, **options
-                )
-        except (ValueError, RuntimeError, AssertionError) as error:
-            reason = " ".join(str(error).split())[:240]
-            raise DistilyError(f"student.config: {config.config!r} builds no model: {reason}") from error
+        student = _shape(shaped, dtype, config.attention, trust_remote_code, device="cpu")
         student.generation_config = teacher.generation_config
-        if weights:
-            _initialize(student, teacher, config)
+        _initialize(student, teacher, config)
+    student.config.use_cache = False
+    return _freeze(student, config)
+
+
+def _freeze(student: Any, config: StudentConfig) -> Any:
     for name in config.freeze:
         _module(student, name, "student.freeze").requires_grad_(False)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise DistilyError("student.freeze: nothing is left to train.")
-    student.config.use_cache = False
     return student
 
 

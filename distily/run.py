@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import PrinterCallback
 from distily.arguments import kept_checkpoints, training_arguments
 from distily.assembly import Assembly, assemble
 from distily.card import model_card
-from distily.checkpoints import SealCheckpoints, StopOnSignal, newest_whole
+from distily.checkpoints import SealCheckpoints, SkipTrained, StopOnSignal, TrainedAlready, newest_whole
 from distily.config import RunConfig, resolve
 from distily.environment import commit, machine, versions
 from distily.errors import Interrupted
@@ -108,6 +108,7 @@ def train(
         callbacks=[
             MetricsFile(folder / "metrics.jsonl", loggers, parts.config.to_dict()),
             SealCheckpoints(kept_checkpoints(parts.config)),
+            SkipTrained(),
             stop,
         ],
     )
@@ -119,6 +120,7 @@ def train(
         stack.enter_context(stop)
         for logger in loggers:
             stack.callback(logger.finish)
+        stack.enter_context(suppress(TrainedAlready))
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"interrupted at step {trainer.state.global_step}; a checkpoint is written, go on with --resume.")
@@ -137,17 +139,16 @@ def _control(parts: Assembly, record: RunRecord, say: Say) -> Metrics:
     rates = parts.config.control.learning_rates or [None]
     known = {entry["learning_rate"]: entry["metrics"] for entry in record.control}
     for place, rate in enumerate(rates):
-        if rate in known:
-            continue
-        say(f"Control {place + 1} of {len(rates)}: labels only" + (f", learning rate {rate:g}" if rate else ""))
         folder = record.folder / "control" / str(place)
-        folder.mkdir(parents=True, exist_ok=True)
-        student, quantizer = parts.new_student()
-        overrides = {"learning_rate": rate} if rate else {}
-        train(parts, student, quantizer, (CONTROL_OBJECTIVE,), folder, None, **overrides)
-        known[rate] = measure(parts.evaluators, student, parts.context)
-        record.control.append({"learning_rate": rate, "metrics": known[rate]})
-        record.save()
+        if rate not in known:
+            say(f"Control {place + 1} of {len(rates)}: labels only" + (f", learning rate {rate:g}" if rate else ""))
+            folder.mkdir(parents=True, exist_ok=True)
+            student, quantizer = parts.new_student()
+            overrides = {"learning_rate": rate} if rate else {}
+            train(parts, student, quantizer, (CONTROL_OBJECTIVE,), folder, None, **overrides)
+            known[rate] = measure(parts.evaluators, student, parts.context)
+            record.control.append({"learning_rate": rate, "metrics": known[rate]})
+            record.save()
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     return min(known.values(), key=lambda metrics: metrics.get("perplexity_nats", float("inf")))

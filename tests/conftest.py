@@ -8,6 +8,7 @@ os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORM
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTILY_CACHE", str(folder / "distily"))
         patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))
+        if "datasets" in sys.modules:  # it read the variable already
+            patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
         yield folder
 
 

@@ -1,0 +1,34 @@
+# make demo · make test · make lint · make bench: each sets up its own virtual environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint bench kill docs clean
+
+demo: $(VENV)/installed
+	$(BIN)/distily demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/real_models.py
+
+kill: $(VENV)/installed
+	$(BIN)/python benchmarks/kill_test.py
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/generate.py
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist
