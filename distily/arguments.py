@@ -6,13 +6,13 @@ import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from transformers import TrainingArguments
 
 from distily.config import RunConfig
 from distily.errors import DistilyError, unknown, wrong
-from distily.schema import conforms, describe
+from distily.schema import Between, conforms, describe
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
@@ -38,13 +38,39 @@ OURS = {
     "do_eval": "evaluators",
     "do_predict": "evaluators",
     "disable_tqdm": "loggers",
+    "label_smoothing_factor": "objectives",
+    "local_rank": "--gpus or torchrun",
 }
+Positive, Count = Annotated[int, Between(1)], Annotated[int, Between(0)]
+AboveZero, Rate = Annotated[float, Between(0, excluding=(0,))], Annotated[float, Between(0)]
+Share = Annotated[float, Between(0, 1, excluding=(1,))]
+NARROWER: dict[str, Any] = {
+    "per_device_train_batch_size": Positive,
+    "per_device_eval_batch_size": Positive,
+    "gradient_accumulation_steps": Positive,
+    "num_train_epochs": AboveZero,
+    "max_steps": Positive | Literal[-1],
+    "learning_rate": Rate,
+    "weight_decay": Rate,
+    "max_grad_norm": Rate,
+    "adam_beta1": Share,
+    "adam_beta2": Share,
+    "adam_epsilon": Rate,
+    "logging_steps": AboveZero,
+    "eval_steps": AboveZero | None,
+    "save_steps": AboveZero,
+    "save_total_limit": Positive | None,
+    "dataloader_num_workers": Count,
+    "data_seed": Annotated[int, Between(0, 2**32 - 1)] | None,
+    "accelerator_config": dict | None,
+}
+"""What transformers would refuse only in the middle of a run, or not at all."""
 
 
 def check_train(train: Mapping[str, Any]) -> None:
     """Keys, types and owners of ``train:``. Raises ``DistilyError`` with a line for each mistake."""
     fields = {entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init}
-    hints = typing.get_type_hints(TrainingArguments)
+    hints = {**typing.get_type_hints(TrainingArguments), **NARROWER}
     lines = []
     for key, value in train.items():
         if key in OURS or key.startswith("hub_"):
@@ -52,6 +78,8 @@ def check_train(train: Mapping[str, Any]) -> None:
         elif key not in fields:
             close = unknown("key", f"train.{key}", [f"train.{name}" for name in fields]).split(" Allowed")[0]
             lines.append(f"{close} Allowed: the fields of transformers.TrainingArguments.")
+        elif isinstance(value, str) and (choices := _choices(hints[key])) and value not in choices:
+            lines.append(unknown(f"train.{key}", value, choices))
         elif not _accepts(hints[key], value):
             lines.append(wrong(f"train.{key}", value, describe(hints[key])))
     if lines:
@@ -59,11 +87,14 @@ def check_train(train: Mapping[str, Any]) -> None:
 
 
 def _accepts(hint: Any, value: Any) -> bool:
-    if conforms(value, hint):
-        return True
-    choices = [choice for choice in (typing.get_args(hint) or (hint,)) if isinstance(choice, type)]
-    enumerations = [choice for choice in choices if hasattr(choice, "__members__")]
-    return any(value in [member.value for member in choice] for choice in enumerations)  # type: ignore[attr-defined]
+    choices = _choices(hint)
+    return conforms(value, hint) or value in choices or (value is False and "no" in choices)
+
+
+def _choices(hint: Any) -> list[Any]:
+    """The values of the enumerations in a hint."""
+    choices = [choice for choice in (typing.get_args(hint) or (hint,)) if hasattr(choice, "__members__")]
+    return [member.value for choice in choices for member in choice]
 
 
 def training_arguments(config: RunConfig, folder: Path, *, mixed_precision: bool, report_to: Sequence[str] = (), **overrides: Any) -> TrainingArguments:
@@ -72,6 +103,8 @@ def training_arguments(config: RunConfig, folder: Path, *, mixed_precision: bool
 
     check_train(config.train)
     chosen = {**DEFAULTS, **config.train, **overrides}
+    # YAML 1.1 reads a bare no as false
+    chosen |= {key: "no" for key, value in chosen.items() if value is False and key.endswith("_strategy")}
     old, new = "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"
     checkpointing = dict(chosen.pop(new, None) or chosen.pop(old, None) or {})
     known = {entry.name for entry in dataclasses.fields(TrainingArguments)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import Trainer
 
 from distily import data, models, probes
 from distily.arguments import kept_checkpoints, training_arguments
@@ -68,8 +70,10 @@ def assemble(config: RunConfig, plugins: Plugins) -> Assembly:
     """
     mixed = uses_mixed_precision(config)
     plugins.check(config)
+    if config.data.streaming and config.train.get("max_steps", -1) < 1:
+        raise DistilyError("train.max_steps: it is missing; with data.streaming the number of steps must be given.")
     device = training_arguments(config, Path(config.output_dir), mixed_precision=mixed).device
-    evaluators = {entry.name: plugins.build("evaluators", entry) for entry in config.evaluators}
+    evaluators = {plugins.find("evaluators", entry.name).name: plugins.build("evaluators", entry) for entry in config.evaluators}
     for evaluator in evaluators.values():
         evaluator.prepare()
     loggers = [plugins.build("loggers", entry) for entry in config.loggers]
@@ -121,7 +125,22 @@ def _probe(parts: Assembly, student: Any) -> None:
     quantized = parts.plugins.build("quantizers", parts.config.quantizer) if parts.config.quantizer else None
     if quantized is not None:
         student = quantized.prepare(student)
-    parts.new_driver(student, parts.config.objectives).detach()
+    driver = parts.new_driver(student, parts.config.objectives)
+    _check_trainer(parts, student)
+    driver.detach()
+
+
+def _check_trainer(parts: Assembly, student: Any) -> None:
+    """transformers' trainer with its optimizer, schedule and loader, built once where nothing stays."""
+    with tempfile.TemporaryDirectory(prefix="distily-") as folder:
+        arguments = training_arguments(parts.config, Path(folder), mixed_precision=parts.mixed_precision)
+        try:
+            trainer = Trainer(student, arguments, parts.data.collator, parts.data.train, parts.data.heldout)
+            trainer.create_optimizer_and_scheduler(num_training_steps=1)
+            trainer.get_train_dataloader()
+        except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise DistilyError(f"train: transformers refuses it: {reason}") from error
 
 
 def _check_disk(config: RunConfig, student: Any) -> None:

@@ -155,11 +155,11 @@ def _values(
     from distily.config import assign, expand, merge, read_file
 
     values = expand(read_file(config)) if config else {}
-    flags: dict[str, Any] = {key: value for key, value in {"teacher": teacher, "student": student, "data": dataset}.items() if value}
-    flags |= {"output_dir": output_dir} if output_dir else {}
-    flags |= {"quantizer": quantizer} if quantizer else {}
+    flags: dict[str, Any] = {key: value for key, value in {"teacher": teacher, "student": student, "data": dataset}.items() if value is not None}
+    flags |= {"output_dir": output_dir} if output_dir is not None else {}
+    flags |= {"quantizer": quantizer} if quantizer is not None else {}
     flags |= {"control": control} if control is not None else {}
-    flags |= {"push_to_hub": push_to_hub} if push_to_hub else {}
+    flags |= {"push_to_hub": push_to_hub} if push_to_hub is not None else {}
     flags |= {REPEATED[name]: list(specs) for name, specs in repeated.items() if specs}
     values = merge(values, expand(flags))
     values = merge(values, {"student": {"config": assign(student_config, "--student-config")}} if student_config else {})

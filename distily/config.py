@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     train: dict[str, Any] = field(default_factory=dict)
     """Any field of ``transformers.TrainingArguments``."""
-    seed: int = 42
+    seed: Annotated[int, Between(0, 2**32 - 1)] = 42
     """Seed of initialisation, data order and sampling."""
     push_to_hub: str | None = None
     """Hub repository to upload the student to, as owner/name; null: nothing leaves the machine."""
@@ -141,6 +142,7 @@ class RunConfig:
         return values
 
 
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SHORTHANDS = {"teacher": "model", "student": "model", "data": "dataset"}
 """Sections that may be given as one text, and the key that the text stands for."""
 
@@ -227,6 +229,8 @@ def resolve(values: Mapping[str, Any]) -> RunConfig:
     """A checked RunConfig. Raises one ``DistilyError`` with a line for each mistake."""
     mistakes: list[str] = []
     config = _build(RunConfig, expand(values), "", mistakes)
+    if config is not None and config.push_to_hub is not None and not REPOSITORY.fullmatch(config.push_to_hub):
+        mistakes.append(wrong("push_to_hub", config.push_to_hub, "owner/name"))
     if mistakes:
         raise DistilyError("\n".join(mistakes))
     assert isinstance(config, RunConfig)
@@ -267,6 +271,8 @@ def _field(key: str, value: Any, hint: Any, mistakes: list[str]) -> Any:
         return tuple(built) if many else built[0]
     if not conforms(value, hint):
         mistakes.append(wrong(key, value, describe(hint)))
+    elif value == "":
+        mistakes.append(wrong(key, value, f"{describe(hint)}, not an empty one"))
     return value
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distily.batch import IGNORE_INDEX, count, shift
 from distily.config import DataConfig
-from distily.errors import DistilyError
+from distily.errors import DistilyError, wrong
 from distily.sources import load_documents
 from distily.tokenization import fingerprint, text_format, tokenizer_function
 
@@ -86,10 +86,14 @@ def _splits(config: DataConfig, seed: int) -> tuple[Any, Any]:
     eval_split = config.eval_split or ("heldout" if config.dataset == "demo" and config.eval_dataset is None else None)
     if config.eval_dataset is not None or eval_split is not None:
         other = (config.eval_dataset, None) if config.eval_dataset else source
+        if (*other, eval_split or "train") == (*source, config.split):
+            raise DistilyError(wrong("data.eval_split", eval_split, "other documents than those of the training split"))
         heldout = load_documents(*other, eval_split or "train", False, key="data.eval_dataset")
     elif config.streaming:
         raise DistilyError("data.streaming: it needs held-out data of its own; name data.eval_dataset or data.eval_split.")
     else:
+        if config.eval_size > 1 and config.eval_size % 1:
+            raise DistilyError(wrong("data.eval_size", config.eval_size, "a share below 1, or a whole number of documents"))
         size = config.eval_size if config.eval_size >= 1 else max(1, round(config.eval_size * len(documents)))
         if size >= len(documents):
             raise DistilyError(

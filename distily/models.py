@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from distily.config import StudentConfig, TeacherConfig
-from distily.errors import DistilyError, nearest, unknown
+from distily.errors import DistilyError, nearest, unknown, wrong
 from distily.features import decoder_blocks
+from distily.schema import Between, Option, conforms, describe, mistakes
 from distily.sources import DEMO
 
+MACHINE = (torch.OutOfMemoryError, torch.AcceleratorError)
+REFUSALS = (ValueError, KeyError, TypeError, IndexError, AttributeError, ImportError, RuntimeError, AssertionError, ZeroDivisionError)
+"""What transformers raises for values that fit no model, unless it is one of ``MACHINE``."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+Positive = Annotated[int, Between(1)]
+COUNTS = {
+    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+    "num_key_value_heads", "vocab_size",
+}  # fmt: skip
+FIXED = ("_name_or_path", "architectures", "dtype", "model_type", "quantization_config", "torch_dtype", "transformers_version")
+"""What a student takes from its own class and settings, never from ``student.config``."""
 
 
 def locate(model: str, key: str) -> str:
@@ -35,11 +50,29 @@ def locate(model: str, key: str) -> str:
 def _from_pretrained(loader: Any, model: str, key: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(locate(model, key), **options)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+    except (*REFUSALS, OSError, SafetensorError) as error:
+        if isinstance(error, MACHINE) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        reason = " ".join(str(error).split())[:240]
-        raise DistilyError(f"{key}: {model!r} could not be loaded: {reason}") from error
+        raise _refused(error, key, f"{key}: {model!r} could not be loaded", options.get("attn_implementation")) from error
+
+
+def _refused(error: Exception, key: str, what: str, attention: str | None) -> DistilyError:
+    """transformers' reason on one line; one about attention names that key."""
+    reason = " ".join(str(error).split())[:240]
+    if attention and "ttention" in reason:
+        allowed = "eager, sdpa, or another one that is installed"
+        return DistilyError(f"{wrong(key.split('.')[0] + '.attention', attention, allowed)} {reason}")
+    return DistilyError(f"{what}: {reason}")
+
+
+def _load_model(model: str, key: str, **options: Any) -> Any:
+    """A causal language model. Raises ``DistilyError`` where weights are missing: transformers would draw them at random."""
+    from transformers import AutoModelForCausalLM
+
+    loaded, info = _from_pretrained(AutoModelForCausalLM, model, key, output_loading_info=True, **options)
+    if info["missing_keys"] and not getattr(loaded, "is_quantized", False):
+        raise DistilyError(f"{key}: {model!r} lacks {', '.join(sorted(info['missing_keys'])[:3])}; allowed: a model with all its weights.")
+    return loaded
 
 
 def load_config(model: str, key: str, trust_remote_code: bool = False) -> Any:
@@ -72,8 +105,6 @@ def load_teacher(
     config: TeacherConfig, device: torch.device, trust_remote_code: bool = False, key: str = "teacher.model"
 ) -> Any:
     """The teacher, frozen and in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
     stored = config.dtype == "auto" and device.type != "cpu"
     options: dict[str, Any] = {"dtype": "auto" if stored else DTYPES.get(config.dtype, torch.float32)}
     if config.attention:
@@ -81,10 +112,12 @@ def load_teacher(
     if config.quantization:
         from transformers import BitsAndBytesConfig
 
+        known = {name: Option(name, Any, None) for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"}
+        if lines := mistakes("teacher.quantization", config.quantization, known):
+            raise DistilyError("\n".join(lines))
         options["quantization_config"] = BitsAndBytesConfig(**config.quantization)
         options["device_map"] = {"": device}
-    loader = AutoModelForCausalLM
-    teacher = _from_pretrained(loader, config.model, key, trust_remote_code=trust_remote_code, **options)
+    teacher = _load_model(config.model, key, trust_remote_code=trust_remote_code, **options)
     if not config.quantization:
         teacher = teacher.to(device)
     return teacher.eval().requires_grad_(False)
@@ -96,8 +129,15 @@ def student_config(teacher_config: Any, overrides: Mapping[str, Any]) -> Any:
     Raises ``DistilyError`` for a key that the configuration does not have.
     """
     values = teacher_config.to_dict()
-    known = {**{name: name for name in values}, **type(teacher_config).attribute_map}
+    aliases = type(teacher_config).attribute_map
+    known = {name: real for name, real in {**{name: name for name in values}, **aliases}.items() if name not in FIXED}
     lines = [unknown("student.config", key, known) for key in overrides if key not in known]
+    counts = {*COUNTS, *(aliases[name] for name in COUNTS & set(aliases))}
+    lines += [
+        wrong(f"student.config.{key}", value, describe(Positive))
+        for key, value in overrides.items()
+        if key in counts & set(known) and not conforms(value, Positive)
+    ]
     if lines:
         raise DistilyError("\n".join(_shorten(line) for line in lines))
     renamed = {known[key]: value for key, value in overrides.items()}
@@ -105,16 +145,21 @@ def student_config(teacher_config: Any, overrides: Mapping[str, Any]) -> Any:
     depth = text.num_hidden_layers
     if renamed.get(known.get("num_hidden_layers", "num_hidden_layers"), depth) != depth:
         values = {key: value for key, value in values.items() if not (isinstance(value, list) and len(value) == depth)}
-    derived = getattr(text, "head_dim", None) == text.hidden_size // text.num_attention_heads
-    if derived and "head_dim" not in renamed:
-        values.pop("head_dim", None)
+    if "head_dim" in values and values["head_dim"] == text.hidden_size // text.num_attention_heads:
+        heads = renamed.get("num_attention_heads", text.num_attention_heads)
+        values["head_dim"] = renamed.get("hidden_size", text.hidden_size) // heads
     for key in ("architectures", "quantization_config", "_name_or_path", "dtype", "torch_dtype"):
         values.pop(key, None)
     try:
-        return type(teacher_config)(**{**values, **renamed})
+        config = type(teacher_config)(**{**values, **renamed})
     except Exception as error:  # transformers validates configurations with classes of its own
         reason = " ".join(str(error).split())[:240]
         raise DistilyError(f"student.config: {dict(overrides)!r} gives no valid configuration: {reason}") from error
+    text = config.get_text_config()
+    heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    if groups and heads % groups:
+        raise DistilyError(wrong("student.config.num_key_value_heads", groups, f"a divisor of num_attention_heads, {heads}"))
+    return config
 
 
 def _shorten(line: str) -> str:
@@ -147,24 +192,20 @@ def _shape(config: Any, dtype: torch.dtype, attention: str | None, trust_remote_
     try:
         with torch.device(device):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
-    except (ValueError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:240]
-        raise DistilyError(f"student.config: it builds no model: {reason}") from error
+    except REFUSALS as error:
+        if isinstance(error, MACHINE):
+            raise
+        raise _refused(error, "student.config", "student.config: it builds no model", attention) from error
 
 
 def build_student(config: StudentConfig, teacher: Any, seed: int, trust_remote_code: bool = False) -> Any:
     """The student on the CPU, in its dtype, initialised and frozen as asked; the same for the same seed."""
-    from transformers import AutoModelForCausalLM
-
     options: dict[str, Any] = {"attn_implementation": config.attention} if config.attention else {}
     dtype = DTYPES.get(config.dtype, torch.float32)
     if config.model is not None:
-        if config.config or config.layers or config.initialize:
-            raise DistilyError("student.model: it cannot be combined with student.config, layers or initialize.")
-        loader = AutoModelForCausalLM
-        student = _from_pretrained(
-            loader, config.model, "student.model", dtype=dtype, trust_remote_code=trust_remote_code, **options
-        )
+        if config.config or config.layers or config.initialize or config.copy:
+            raise DistilyError("student.model: it cannot be combined with student.config, layers, initialize or copy.")
+        student = _load_model(config.model, "student.model", dtype=dtype, trust_remote_code=trust_remote_code, **options)
     else:
         shaped = student_config(teacher.config, config.config or default_shape(teacher.config))
         torch.manual_seed(seed)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Annotated, Any
 
 import pluggy
 
@@ -17,11 +19,12 @@ from distily.config import RunConfig
 from distily.errors import DistilyError, unknown, wrong
 from distily.hookspecs import KINDS, PROJECT, Factory
 from distily.objectives import DRIVER_INPUTS, RESERVED, SITES
-from distily.schema import Option, conforms, describe, mistakes, options
+from distily.schema import Between, Option, conforms, describe, mistakes, options
 from distily.spec import Component, parse_component
 
 ENVIRONMENT = "DISTILY_PLUGINS"
 SCHEDULES = ("linear", "cosine")
+Finite = Annotated[float, Between(excluding=(-math.inf, math.inf))]
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,22 @@ class Plugins:
             lines += self._check_term(component)
         groups = {"quantizers": (config.quantizer,), "evaluators": config.evaluators, "loggers": config.loggers}
         for kind, components in groups.items():
-            for component in components:
-                lines += self._check_component(kind, component) if component else []
+            named = [component for component in components if component]
+            for component in named:
+                lines += self._check_component(kind, component)
+            lines += self._check_repeats(kind, named)
         if not config.objectives:
             lines.append(wrong("objectives", [], "at least one objective, such as forward_kl"))
         if lines:
             raise DistilyError("\n".join(lines))
+
+    def _check_repeats(self, kind: str, components: Iterable[Component]) -> list[str]:
+        """A line for each component that is there twice: one of the two would be lost without a word."""
+        names = []
+        for component in components:
+            with suppress(DistilyError):  # an unknown name has a line of its own
+                names.append(self.find(kind, component.name).name)
+        return [f"{kind}: {name!r} is named twice; allowed: once." for name in sorted(set(names)) if names.count(name) > 1]
 
     def _check_component(self, kind: str, component: Component, where: str | None = None) -> list[str]:
         try:
@@ -152,13 +165,16 @@ class Plugins:
                     lines.append(f"{where}: {key} is for terms on features; this one is on logits.")
                 else:
                     nested = chosen[key] if isinstance(chosen[key], (Component, str, Mapping)) else str(chosen[key])
-                    lines += self._check_component(kind, parse_component(nested, key), f"{where}: {KINDS[kind]}")
+                    try:
+                        lines += self._check_component(kind, parse_component(nested, f"{where}: {key}"), f"{where}: {KINDS[kind]}")
+                    except DistilyError as error:
+                        lines.append(str(error))
         lines += _check_weight(where, chosen.get("weight", 1.0))
         if description.temperature_scale is None and not description.own_temperature:
             lines += [f"{where}: it takes no {key}." for key in ("temperature", "temperature_scale") if key in chosen]
         elif not description.own_temperature:
             temperature = chosen.get("temperature", 1.0)
-            if not conforms(temperature, float) or temperature <= 0:
+            if not conforms(temperature, Finite) or temperature <= 0:
                 lines.append(wrong(f"{where}: temperature", temperature, "a number above 0"))
             scale = chosen.get("temperature_scale", "t2")
             if scale not in ("t2", "t", "none"):
@@ -168,14 +184,14 @@ class Plugins:
 
 def _check_weight(where: str, weight: Any) -> list[str]:
     """A weight is a number or a schedule ``linear(start=…, end=…, until=…)`` over the share of training done."""
-    if conforms(weight, float):
+    if conforms(weight, Finite):
         return []
     if not isinstance(weight, Component) or weight.name not in SCHEDULES:
         return [wrong(f"{where}: weight", str(weight), "a number, linear(start=1,end=0) or cosine(start=1,end=0)")]
     allowed = {
-        "start": Option("start", float, inspect.Parameter.empty),
-        "end": Option("end", float, inspect.Parameter.empty),
-        "until": Option("until", float, 1.0),
+        "start": Option("start", Finite, inspect.Parameter.empty),
+        "end": Option("end", Finite, inspect.Parameter.empty),
+        "until": Option("until", Annotated[float, Between(0, 1)], 1.0),
     }
     return mistakes(f"{where}: weight {weight.name}", weight.options, allowed)
 

@@ -221,7 +221,7 @@ class _Memory(TorchDispatchMode):
         self.block, self.answer, self.asked = block, answer, 0
         self.now, self.at_peak, self.phases = Counter[str](), Counter[str](), Counter[str]()
         self.total = self.peak = 0
-        self.part = self.current = self.moment = ""
+        self.part, self.current, self.moment = "activations", "", ""
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -256,7 +256,8 @@ class _Memory(TorchDispatchMode):
         """Counts bytes for ``part``, or takes them away."""
         self.now[part] += size
         self.total += size
-        self.phases[self.current] = max(self.phases[self.current], self.total)
+        if self.current:
+            self.phases[self.current] = max(self.phases[self.current], self.total)
         if self.total > self.peak:
             self.peak, self.at_peak, self.moment = self.total, self.now.copy(), self.current
 

@@ -25,7 +25,13 @@ def check_native_logits(role: str, model: Any, batch: dict[str, Any]) -> float:
     training = model.training
     model.eval()
     head = OutputHead(model)
-    native = select(model(**inputs, use_cache=False).logits, index).float()
+    try:
+        native = select(model(**inputs, use_cache=False).logits, index).float()
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+            raise
+        reason = " ".join(str(error).split())[:240]
+        raise DistilyError(f"{role}: {type(model).__name__} cannot read a batch: {reason}; allowed: parts that fit together.") from error
     hidden = select(head.last_hidden_states(model, inputs), index)
     driven = head.logits(hidden).float()
     model.train(training)

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from transformers import TrainerCallback
 
-from distily.config import RunConfig
+from distily.config import RunConfig, read_file
 from distily.errors import DistilyError
 from distily.files import write_json, write_text
 from distily.loggers import Logger
@@ -116,7 +116,7 @@ def check_folder(config: RunConfig, resume: bool) -> None:
         if left:
             raise DistilyError(f"output_dir: {config.output_dir!r} holds no config.yaml to resume; allowed: the folder of a run.")
         return
-    before, now = yaml.safe_load(made.read_text(encoding="utf-8")), config.to_dict()
+    before, now = read_file(made), config.to_dict()
     changed = sorted(_changed(before, {**now, "output_dir": before.get("output_dir")}))
     if changed:
         raise DistilyError(f"--resume: the run was started with another {', '.join(changed)}; allowed: the same configuration.")

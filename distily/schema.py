@@ -26,7 +26,7 @@ class Between:
     def __str__(self) -> str:
         opening = "(" if self.low in self.excluding or self.low == float("-inf") else "["
         closing = ")" if self.high in self.excluding or self.high == float("inf") else "]"
-        return f"in {opening}{self.low:g}, {self.high:g}{closing}"
+        return f"in {opening}{self.low:.10g}, {self.high:.10g}{closing}"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,15 @@ def load_documents(dataset: str, subset: str | None, split: str, streaming: bool
 
     Raises ``DistilyError`` for a path that does not exist, a format that is not known, an empty file or a hub that has no such set.
     """
+    path = Path(dataset).expanduser()
+    section = "data.eval_split" if key == "data.eval_dataset" else "data.split"
+    if dataset == "demo" or path.exists():
+        known = ("train", "heldout") if dataset == "demo" else ("train",)
+        saved = path.is_dir() and _is_saved(path)
+        if split not in known and not saved:
+            raise DistilyError(wrong(section, split, f"{' or '.join(known)}, or held-out files of their own by data.eval_dataset"))
+        if subset is not None:
+            raise DistilyError(wrong("data.subset", subset, "null for files; only a hub data set has subsets"))
     if dataset == "demo":
         dataset, split = str(DEMO / "text" / ("heldout.jsonl.gz" if split == "heldout" else "train.jsonl.gz")), "train"
     path = Path(dataset).expanduser()
@@ -39,10 +48,15 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
+def _is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` of datasets made the folder."""
+    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+
+
 def _local(path: Path, split: str, streaming: bool, key: str) -> Any:
     import datasets
 
-    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+    if path.is_dir() and _is_saved(path):
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
@@ -67,7 +81,7 @@ def _load(builder: str, files: Sequence[Path], streaming: bool, key: str, path: 
         return datasets.load_dataset(
             builder, data_files={"train": [str(entry) for entry in files]}, split="train", streaming=streaming, **options
         )
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, EOFError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno is not None:
             raise

@@ -347,8 +347,8 @@ def _teacher(subject: _Subject) -> bool | None:
 
 
 def _equality(subject: _Subject) -> bool | None:
-    """0 where the student equals the teacher, above 0 elsewhere, where the description says so."""
-    if not subject.description.zero_at_equality:
+    """0 where the student equals the teacher, above 0 elsewhere: what the description says of the default options."""
+    if not subject.description.zero_at_equality or subject.options:
         return False
     rows = _Rows.random(16)
     values = subject.values(_Rows(rows.teacher.clone(), rows.teacher, rows.inputs))

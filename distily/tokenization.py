@@ -94,11 +94,17 @@ def _documents(
         for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True):
             yield *_completion(tokenizer, prompt, completion), False
     else:
-        texts = [text or "" for text in batch[column]]
+        texts = [_text(text or "", column) for text in batch[column]]
         for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]:
             if append_eos and ids and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
                 ids = [*ids, tokenizer.eos_token_id]
             yield ids, list(ids), True
+
+
+def _text(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise DistilyError(f"data.column: {column!r} holds {value!r}"[:200] + ", which is no text; allowed: a column of texts.")
+    return value
 
 
 def _completion(tokenizer: Any, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
@@ -106,10 +112,10 @@ def _completion(tokenizer: Any, prompt: Any, completion: Any) -> tuple[list[int]
     if isinstance(prompt, list):
         answers = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
         return _chat(tokenizer, [*prompt, *answers], answers_from=len(prompt))
-    before = tokenizer(prompt, verbose=False)["input_ids"]
+    before = tokenizer(_text(prompt, "prompt"), verbose=False)["input_ids"]
     if before and before[-1] == tokenizer.eos_token_id and len(before) > 1:
         before = before[:-1]  # a tokenizer that ends every text would part prompt and completion
-    after = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+    after = tokenizer(_text(completion, "completion"), add_special_tokens=False, verbose=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         after = [*after, tokenizer.eos_token_id]
     return [*before, *after], [IGNORE_INDEX] * len(before) + after
@@ -120,6 +126,8 @@ def _chat(tokenizer: Any, messages: list[Mapping[str, Any]], answers_from: int =
 
     Raises ``DistilyError`` for a tokenizer without a template, or one whose turns cannot be told apart.
     """
+    if not all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in messages):
+        raise DistilyError(f"data.dataset: {messages!r}"[:200] + " is no conversation; allowed: a list of {role and content}.")
     if not tokenizer.chat_template:
         raise DistilyError("data.dataset: it holds chat messages, and the teacher's tokenizer has no chat template.")
 

@@ -43,7 +43,7 @@ def _backwards(k: int, *depths: int) -> range:
 def uniform(student_layers: int, teacher_layers: int) -> list[LayerPair]:
     """Student block i with the teacher block at the same relative depth, rounded half up; the last blocks are paired."""
     depths = range(1, student_layers + 1)
-    return [(i, (2 * i * teacher_layers + student_layers) // (2 * student_layers)) for i in depths]
+    return [(i, max(1, (2 * i * teacher_layers + student_layers) // (2 * student_layers))) for i in depths]
 
 
 def index(student_layers: int, teacher_layers: int, *, pairs: list[list[int]]) -> list[LayerPair]:

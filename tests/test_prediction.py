@@ -70,7 +70,9 @@ def test_a_gpu_counts_blocks_and_a_workspace(tmp_path):
     assert "GPU memory" in str(result)
 
 
-@pytest.mark.parametrize(("optimizer", "each"), [("sgd", 0), ("adamw_8bit", STATE_BYTES["8bit"]), ("lion_32bit", 4), ("adamw_torch", 8)])
+@pytest.mark.parametrize(
+    ("optimizer", "each"), [("sgd", 0), ("adamw_8bit", STATE_BYTES["8bit"]), ("lion_32bit", 4), ("adamw_torch", 8)]
+)
 def test_optimizers_differ_by_their_state(tmp_path, optimizer, each):
     student = meta(**WIDE)
     result = predicted(tmp_path, student=student, train={"optim": optimizer})
@@ -97,11 +99,11 @@ def test_activations_grow_with_the_batch_and_the_length(tmp_path):
 
 def test_fused_attention_keeps_no_scores(tmp_path):
     eager, fused = (
-        predicted(tmp_path, student=model, length=1024, rows=2, device_type="cuda").activations
+        predicted(tmp_path, student=model, length=1024, rows=2, padded=False, device_type="cuda").activations
         for model in (meta(attn_implementation="eager", **WIDE), meta(**WIDE))
     )
     scores = 2 * 4 * 1024**2 * 4  # rows, heads, S x S, float32
-    assert eager - fused > 3 * scores
+    assert eager - fused > 2.5 * scores  # three blocks
 
 
 def test_a_padded_batch_costs_a_mask(tmp_path):
@@ -144,7 +146,8 @@ def test_every_architecture_is_predicted_with_features_and_autocast(tmp_path, ar
 
 
 def test_a_7b_pair_is_predicted_without_its_memory(tmp_path):
-    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, **heads}
     student = meta(dtype=torch.bfloat16, num_hidden_layers=16, **shape)
     teacher = meta(dtype=torch.bfloat16, num_hidden_layers=32, **shape)
     result = predicted(tmp_path, student=student, teacher=teacher, rows=2, length=1024, device_type="cuda")
@@ -159,8 +162,8 @@ def test_the_peak_is_what_the_allocator_of_a_cpu_reports(tmp_path, architecture)
     if architecture == "gpt2":
         shape = {"n_embd": 128, "n_layer": 3, "vocab_size": 1024, "n_positions": 128}
     student, teacher = (tiny.model(architecture, seed, **shape) for seed in (0, 1))
-    objectives = [parse_component(entry, "objectives") for entry in ("forward_kl", "mse:projector=linear")]
-    terms = build_terms(objectives, tiny.plugins(), student, teacher)
+    objectives = ("forward_kl", "mse:projector=linear")
+    terms = build_terms([parse_component(entry, "objectives") for entry in objectives], tiny.plugins(), student, teacher)
     wanted = [feature for term in terms.values() for feature in term.teacher_features]
     driver = Driver(terms, LocalTeacher(teacher, 1024, wanted), 1024, chunk_rows=256)
     driver.attach(student)
@@ -185,6 +188,6 @@ def test_the_peak_is_what_the_allocator_of_a_cpu_reports(tmp_path, architecture)
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
     peak = max(itertools.accumulate(size for _, size in sorted(changes)))
     driver.detach()
-    result = predicted(tmp_path, ("forward_kl", "mse:projector=linear"), student=student, teacher=teacher, rows=8, length=128, chunk_rows=256)
-    before = result.teacher + result.student + result.optimizer
-    assert result.peak - before == pytest.approx(peak, rel=0.05)
+    result = predicted(tmp_path, objectives, student=student, teacher=teacher, rows=8, length=128, chunk_rows=256)
+    weighed = result.teacher + result.student + result.optimizer
+    assert result.peak - weighed == pytest.approx(peak, rel=0.05)
