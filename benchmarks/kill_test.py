@@ -428,7 +428,7 @@ class Test:
         found = []
         child = life.fork(resume=False)
         for _ in range(kills):
-            if not kill_after(child, draw.uniform(0.3, 0.7) * self.duration):
+            if not kill_after(child, draw.uniform(0.3, 0.5) * self.duration):
                 break
             found.append(life.state())
             child = life.fork(resume=True)

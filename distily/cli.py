@@ -27,7 +27,7 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "critical",  # what it logs as an error, ours says on its one line
     "TOKENIZERS_PARALLELISM": "false",
 }
 DEMO_CONFIG = Path(__file__).parent / "demo" / "demo.yaml"

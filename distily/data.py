@@ -144,8 +144,9 @@ def sequences(documents: Any, config: DataConfig, tokenizer: Any, max_length: in
     )
     table = tokenized.data
     total = {name: compute.sum(table.column(name)).as_py() or 0 for name in ("cut", "supervised")}
-    tokens = compute.sum(compute.list_value_length(table.column("input_ids"))).as_py() or 0
-    kept = compute.greater(table.column("supervised"), 0).to_pylist()
+    kept = compute.greater(table.column("supervised"), 0)
+    tokens = compute.sum(compute.filter(compute.list_value_length(table.column("input_ids")), kept)).as_py() or 0
+    kept = kept.to_pylist()
     report = DataReport(
         documents=len(documents),
         sequences=sum(kept),

@@ -16,7 +16,7 @@ from distily.errors import DistilyError
 
 Sequences = dict[str, list[Any]]
 COLUMNS = ("messages", "prompt", "text")
-VERSION = 1
+VERSION = 2
 """Raised when the same text would give other sequences, so that no old cache entry is read."""
 
 
@@ -26,12 +26,13 @@ def fingerprint(tokenizer: Any, **settings: Any) -> str:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         content: Any = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
     else:
-        content = tokenizer.get_vocab()
+        content = [tokenizer.get_vocab(), tokenizer.init_kwargs]
     described = {
         "version": VERSION,
         "class": type(tokenizer).__name__,
         "tokenizer": content,
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+        "split_special_tokens": getattr(tokenizer, "split_special_tokens", False),
         "template": tokenizer.chat_template,
         **settings,
     }
@@ -116,35 +117,58 @@ def _completion(tokenizer: Any, prompt: Any, completion: Any) -> tuple[list[int]
     if before and before[-1] == tokenizer.eos_token_id and len(before) > 1:
         before = before[:-1]  # a tokenizer that ends every text would part prompt and completion
     after = tokenizer(_text(completion, "completion"), add_special_tokens=False, verbose=False)["input_ids"]
-    if tokenizer.eos_token_id is not None:
+    if tokenizer.eos_token_id is not None and after[-1:] != [tokenizer.eos_token_id]:
         after = [*after, tokenizer.eos_token_id]
     return [*before, *after], [IGNORE_INDEX] * len(before) + after
 
 
 def _chat(tokenizer: Any, messages: list[Mapping[str, Any]], answers_from: int = 0) -> tuple[list[int], list[int]]:
-    """A conversation by the tokenizer's template; the assistant's turns are supervised.
+    """A conversation by the tokenizer's template; the assistant's turns are supervised, but for one that answers nothing.
 
     Raises ``DistilyError`` for a tokenizer without a template, or one whose turns cannot be told apart.
     """
-    if not all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in messages
+    ):
         raise DistilyError(f"data.dataset: {messages!r}"[:200] + " is no conversation; allowed: a list of {role and content}.")
     if not tokenizer.chat_template:
         raise DistilyError("data.dataset: it holds chat messages, and the teacher's tokenizer has no chat template.")
-
-    def ids(count: int, **options: Any) -> list[int]:
-        rendered = tokenizer.apply_chat_template(messages[:count], tokenize=True, return_dict=True, **options)
-        return list(rendered["input_ids"])
-
-    whole = ids(len(messages))
-    labels = [IGNORE_INDEX] * len(whole)
+    whole = _rendered(tokenizer, messages)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    ids = encoded["input_ids"]
+    labels = [IGNORE_INDEX] * len(ids)
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant" or turn < answers_from:
+        if message["role"] != "assistant" or turn < max(1, answers_from):
             continue
-        start, end = ids(turn, add_generation_prompt=True), ids(turn + 1)
-        if whole[: len(start)] != start or whole[: len(end)] != end:
+        start = _rendered(tokenizer, messages[:turn], add_generation_prompt=True)
+        end = _rendered(tokenizer, messages[: turn + 1])
+        if not whole.startswith(end) or not end.startswith(start):
             raise DistilyError(
                 "data.dataset: the chat template renders earlier turns anew when turns follow, so the assistant's tokens "
                 "cannot be found; allowed: templates that only append, or prompt and completion."
             )
-        labels[len(start) : len(end)] = end[len(start) :]
-    return whole, labels
+        answer = slice(_tokens(tokenizer, encoded, start), _tokens(tokenizer, encoded, end))
+        labels[answer] = ids[answer]
+    return ids, labels
+
+
+def _rendered(tokenizer: Any, messages: list[Mapping[str, Any]], **options: Any) -> str:
+    """The conversation as text. Raises ``DistilyError`` where the template refuses it."""
+    from jinja2 import TemplateError
+
+    if not messages:
+        return ""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise DistilyError(f"data.dataset: the chat template refuses {messages!r}"[:200] + f": {error}.") from error
+
+
+def _tokens(tokenizer: Any, encoded: Any, beginning: str) -> int:
+    """How many tokens of a text end in its ``beginning``; a token across the border belongs to what follows."""
+    if tokenizer.is_fast:
+        return sum(end <= len(beginning) for _, end in encoded["offset_mapping"])
+    ids = tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"]
+    if encoded["input_ids"][: len(ids)] != ids:
+        raise DistilyError("data.dataset: the tokenizer parts a chat otherwise when turns follow; allowed: a fast tokenizer.")
+    return len(ids)

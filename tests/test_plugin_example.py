@@ -17,7 +17,7 @@ EXAMPLE = Path(__file__).parent / "plugin_example"
 
 def run(*command: object, cwd: Path) -> str:
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DISTILY_PLUGINS")}
-    offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(word) for word in command], cwd=cwd, env=environment | offline, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -64,7 +64,8 @@ def test_it_passes_the_kit(python: Path, tmp_path: Path) -> None:
 
 def test_it_trains(python: Path, tmp_path: Path) -> None:
     words = ("--objective", "tvd:temperature=2", "--train", "max_steps=2", "--output-dir", "run")
-    run(python, "-m", "distily", "train", *words, cwd=tmp_path)
+    small = ("data.samples=32", "data.eval_samples=4", "data.max_length=64", "train.logging_steps=1")
+    run(python, "-m", "distily", "train", *words, *(f"--set={setting}" for setting in small), cwd=tmp_path)
     assert (tmp_path / "run" / "student" / "config.json").is_file()
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     values = [entry["term_tvd"] for entry in metrics if "term_tvd" in entry]

@@ -148,7 +148,7 @@ def test_every_architecture_is_predicted_with_features_and_autocast(tmp_path, ar
 def test_a_7b_pair_is_predicted_without_its_memory(tmp_path):
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, **heads}
-    student = meta(dtype=torch.bfloat16, num_hidden_layers=16, **shape)
+    student = meta(dtype=torch.bfloat16, num_hidden_layers=8, **shape)
     teacher = meta(dtype=torch.bfloat16, num_hidden_layers=32, **shape)
     result = predicted(tmp_path, student=student, teacher=teacher, rows=2, length=1024, device_type="cuda")
     static = 2 * teacher.num_parameters() + 2 * student.num_parameters() + 4 * student.num_parameters()
@@ -160,14 +160,14 @@ def test_the_peak_is_what_the_allocator_of_a_cpu_reports(tmp_path, architecture)
     """One step on real tensors; the profiler reads every allocation, also those inside of operators."""
     shape = {"hidden_size": 128, "num_hidden_layers": 3, "vocab_size": 1024}
     if architecture == "gpt2":
-        shape = {"n_embd": 128, "n_layer": 3, "vocab_size": 1024, "n_positions": 128}
+        shape = {"n_embd": 128, "n_layer": 3, "vocab_size": 1024, "n_positions": 64}
     student, teacher = (tiny.model(architecture, seed, **shape) for seed in (0, 1))
     objectives = ("forward_kl", "mse:projector=linear")
     terms = build_terms([parse_component(entry, "objectives") for entry in objectives], tiny.plugins(), student, teacher)
     wanted = [feature for term in terms.values() for feature in term.teacher_features]
     driver = Driver(terms, LocalTeacher(teacher, 1024, wanted), 1024, chunk_rows=256)
     driver.attach(student)
-    ids = torch.randint(1, 1024, (8, 128)).tolist()
+    ids = torch.randint(1, 1024, (8, 64)).tolist()
     batch = Collator(0)([{"input_ids": row, "labels": row} for row in [*ids[:-1], ids[-1][:-3]]])
     optimizer = torch.optim.AdamW(student.parameters(), fused=True)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -188,6 +188,6 @@ def test_the_peak_is_what_the_allocator_of_a_cpu_reports(tmp_path, architecture)
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
     peak = max(itertools.accumulate(size for _, size in sorted(changes)))
     driver.detach()
-    result = predicted(tmp_path, objectives, student=student, teacher=teacher, rows=8, length=128, chunk_rows=256)
+    result = predicted(tmp_path, objectives, student=student, teacher=teacher, rows=8, length=64, chunk_rows=256)
     weighed = result.teacher + result.student + result.optimizer
     assert result.peak - weighed == pytest.approx(peak, rel=0.05)
