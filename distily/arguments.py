@@ -97,7 +97,9 @@ def _choices(hint: Any) -> list[Any]:
     return [member.value for choice in choices for member in choice]
 
 
-def training_arguments(config: RunConfig, folder: Path, *, mixed_precision: bool, report_to: Sequence[str] = (), **overrides: Any) -> TrainingArguments:
+def training_arguments(
+    config: RunConfig, folder: Path, *, mixed_precision: bool, report_to: Sequence[str] = (), **overrides: Any
+) -> TrainingArguments:
     """The arguments of a training in ``folder``. Raises ``DistilyError`` for values that transformers refuses."""
     import torch
 
@@ -110,8 +112,7 @@ def training_arguments(config: RunConfig, folder: Path, *, mixed_precision: bool
     known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
     if checkpointing.get("use_reentrant"):
         raise DistilyError(
-            f"train.{old}: use_reentrant true is not supported, features would lose their gradient; "
-            "allowed: false."
+            f"train.{old}: use_reentrant true is not supported, features would lose their gradient; allowed: false."
         )
     if mixed_precision and not {"bf16", "fp16"} & set(chosen):
         chosen["bf16"] = True

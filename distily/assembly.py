@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -16,14 +17,13 @@ from transformers import Trainer
 from distily import data, models, probes
 from distily.arguments import kept_checkpoints, training_arguments
 from distily.config import RunConfig
-from distily.driver import Driver
+from distily.driver import Driver, local_teacher
 from distily.errors import DistilyError
 from distily.evaluation import EvaluationContext, Evaluator
 from distily.heldout import HeldOut
 from distily.loggers import Logger
 from distily.plugins import Plugins
 from distily.spec import Component
-from distily.teachers import LocalTeacher
 from distily.terms import build_terms
 
 
@@ -55,9 +55,7 @@ class Assembly:
     def new_driver(self, student: Any, objectives: tuple[Component, ...]) -> Driver:
         """A driver for ``objectives``, attached to the student. Without an objective that needs one, no teacher runs."""
         terms = build_terms(objectives, self.plugins, student, self.teacher, self.config.seed)
-        wanted = [feature for term in terms.values() for feature in term.teacher_features]
-        needed = any(term.description.needs_teacher for term in terms.values())
-        teacher = LocalTeacher(self.teacher, self.vocabulary, wanted) if needed else None
+        teacher = local_teacher(self.teacher, terms, self.vocabulary)
         driver = Driver(terms, teacher, self.vocabulary, self.config.loss.chunk_rows, self.config.seed)
         driver.attach(student)
         return driver
@@ -131,7 +129,7 @@ def _probe(parts: Assembly, student: Any) -> None:
 
 
 def _check_trainer(parts: Assembly, student: Any) -> None:
-    """transformers' trainer with its optimizer, schedule and loader, built once where nothing stays."""
+    """The trainer of transformers with its optimizer, schedule and loader, built once where nothing stays."""
     with tempfile.TemporaryDirectory(prefix="distily-") as folder:
         arguments = training_arguments(parts.config, Path(folder), mixed_precision=parts.mixed_precision)
         try:
@@ -141,6 +139,8 @@ def _check_trainer(parts: Assembly, student: Any) -> None:
         except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
             raise DistilyError(f"train: transformers refuses it: {reason}") from error
+    del trainer
+    gc.collect()  # a trainer is full of cycles and would keep this student's memory
 
 
 def _check_disk(config: RunConfig, student: Any) -> None:
@@ -148,7 +148,9 @@ def _check_disk(config: RunConfig, student: Any) -> None:
     weights = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
     kept = min(kept_checkpoints(config), 100) + 1
     needed = weights * (3 * kept + 1)
-    place = next(path for path in (Path(config.output_dir).absolute(), *Path(config.output_dir).absolute().parents) if path.exists())
+    place = next(
+        path for path in (Path(config.output_dir).absolute(), *Path(config.output_dir).absolute().parents) if path.exists()
+    )
     free = shutil.disk_usage(place).free
     if free < needed:
         raise DistilyError(

@@ -39,7 +39,8 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def supervise(batch: Mapping[str, Any]) -> Supervision:
     """The supervision of a batch. Distily's collator supplies ``supervised`` and ``lengths``; without them they are worked out
-    from ``labels``, each row one document, which costs a synchronisation on a GPU."""
+    from ``labels``, each row one document, which costs a synchronisation on a GPU.
+    """
     labels = batch["shift_labels"] if "shift_labels" in batch else shift(batch["labels"])
     if "supervised" in batch:
         index, lengths = batch["supervised"], batch["lengths"]

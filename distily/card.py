@@ -8,10 +8,8 @@ in ``teacher`` and in the text, never in ``base_model``.
 from __future__ import annotations
 
 import math
-
 from pathlib import Path
 from typing import Any
-
 
 from distily.record import RunRecord
 
@@ -43,14 +41,18 @@ def verdict(record: RunRecord) -> str:
     if record.gain is None:
         return "No labels-only control was trained, so this run does not show whether the teacher helped."
     rates = len(record.control)
-    tried = "the best of {0} learning rates".format(rates) if rates > 1 else "one learning rate"
+    tried = f"the best of {rates} learning rates" if rates > 1 else "one learning rate"
     if record.gain > 0:
         text = f"Distilling gained {record.gain:.4f} nats a token over the same student trained on labels alone ({tried})."
     else:
         text = f"Distilling did not help: labels alone were better by {-record.gain:.4f} nats a token ({tried})."
     gap = record.gap_to_teacher
     if gap is not None:
-        text += f" The student is {gap:.4f} nats a token behind the teacher." if gap > 0 else " The student is not behind the teacher."
+        text += (
+            f" The student is {gap:.4f} nats a token behind the teacher."
+            if gap > 0
+            else " The student is not behind the teacher."
+        )
     return text + " One seed; differences between seeds were not measured."
 
 
@@ -62,7 +64,9 @@ def model_card(record: RunRecord, provenance: dict[str, Any]) -> str:
     name = f"{Path(teacher).name}-distilled"
     objectives = "\n".join(f"- `{_spec(objective)}`" for objective in config["objectives"])
     shape = ", ".join(f"{key} = {value}" for key, value in (config["student"]["config"] or {}).items())
-    origin = f"the checkpoint `{_public(student)}`" if student else f"the teacher's configuration{f' with {shape}' if shape else ''}"
+    origin = (
+        f"the checkpoint `{_public(student)}`" if student else f"the teacher's configuration{f' with {shape}' if shape else ''}"
+    )
     version = provenance["versions"]["distily"]
     return f"""---
 {_metadata(record, name, teacher, data)}
@@ -108,7 +112,11 @@ def _metadata(record: RunRecord, name: str, teacher: str, data: str) -> str:
     student, quantizer = record.config["student"]["model"], record.config.get("quantizer")
     results = [
         EvalResult(
-            task_type="text-generation", dataset_type=data, dataset_name=f"{data} (held out)", metric_type=metric, metric_value=value
+            task_type="text-generation",
+            dataset_type=data,
+            dataset_name=f"{data} (held out)",
+            metric_type=metric,
+            metric_value=value,
         )
         for metric, value in record.metrics.get("student", {}).items()
         if math.isfinite(value)
@@ -147,5 +155,3 @@ def _spec(objective: dict[str, Any]) -> str:
     from distily.spec import parse_component
 
     return str(parse_component(objective, "objectives"))
-
-

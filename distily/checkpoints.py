@@ -77,7 +77,7 @@ class SealCheckpoints(TrainerCallback):
             shutil.rmtree(folder)
 
 
-class TrainedAlready(Exception):  # noqa: N818
+class TrainedAlready(Exception):
     """The checkpoint that a training was resumed from is that of its last step."""
 
 

@@ -59,7 +59,8 @@ class ChunkWalk:
         if self.source is not None and any(term.description.needs_teacher for term in piece.terms):
             teacher = self.source.chunk(piece.rows).to(logits.dtype)
         inputs = {key: value[piece.rows] if isinstance(value, Tensor) else value for key, value in self.inputs.items()}
-        sums = {term.key: term.values(logits, teacher, inputs).sum() * (piece.share / self.items) for term in piece.terms}
+        share = piece.share / self.items.to(logits.dtype)
+        sums = {term.key: term.values(logits, teacher, inputs).sum() * share for term in piece.terms}
         zero = logits.new_zeros(())
         return torch.stack([sums.get(key, zero).to(logits.dtype) for key in self.keys])
 
@@ -76,7 +77,8 @@ def chunked_loss(walk: ChunkWalk, rows: Tensor) -> tuple[Tensor, dict[str, Tenso
             raise DistilyError(f"a head of type {type(walk.head.module).__name__} gives no gradients of single terms.")
         loss, sums = _by_checkpoint(walk, rows)
         return loss, dict(zip(walk.keys, sums.detach(), strict=True)), {}
-    weight, bias = walk.head.module.weight, walk.head.module.bias
+    head: Any = walk.head.module
+    weight, bias = head.weight, head.bias
     if weight.shape[0] != walk.vocabulary:
         weight = weight[: walk.vocabulary]
         bias = bias if bias is None else bias[: walk.vocabulary]
@@ -105,7 +107,7 @@ class _ChunkedLinear(torch.autograd.Function):
         needed = list(ctx.needs_input_grad)
         wanted = [needed[0], needed[1], bias is not None and needed[2], *needed[4:]]
         inputs = [rows, weight, bias, *parameters]
-        sinks = [_sink(value) if want else None for value, want in zip(inputs, wanted, strict=True)]
+        sinks = [_sink(value) if want and value is not None else None for value, want in zip(inputs, wanted, strict=True)]
         x = rows.detach().to(walk.compute_dtype)
         w = weight.detach().to(walk.compute_dtype)
         b = None if bias is None else bias.detach().to(walk.compute_dtype)
@@ -123,9 +125,7 @@ class _ChunkedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor, *unused: Any) -> Any:
         saved = iter(ctx.saved_tensors)
-        result = [
-            (next(saved) * scale).to(dtype) if want else None for want, dtype in zip(ctx.wanted, ctx.dtypes, strict=True)
-        ]
+        result = [(next(saved) * scale).to(dtype) if want else None for want, dtype in zip(ctx.wanted, ctx.dtypes, strict=True)]
         return (*result[:3], None, *result[3:])
 
 
@@ -146,12 +146,10 @@ def _piece(
         raw.requires_grad_()
         sums = walk.terms(piece, raw)
         total = walk.weighted(sums)
-        for place, sink in enumerate(per_term):
+        for place, term_sink in enumerate(per_term):
             (own,) = torch.autograd.grad(sums[place], raw, retain_graph=True, allow_unused=True, materialize_grads=True)
-            _accumulate(sink, piece.rows, upcast(own.to(w.dtype) @ w))
-        at_logits, *at_parameters = torch.autograd.grad(
-            total, [raw, *walk.parameters], allow_unused=True, materialize_grads=True
-        )
+            _accumulate(term_sink, piece.rows, upcast(own.to(w.dtype) @ w))
+        at_logits, *at_parameters = torch.autograd.grad(total, [raw, *walk.parameters], allow_unused=True, materialize_grads=True)
     at_rows, at_weight, at_bias, *at_learned = sinks
     gradient = at_logits.to(w.dtype)
     if at_rows is not None:

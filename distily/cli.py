@@ -100,15 +100,25 @@ def main(debug: bool) -> None:
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--teacher", metavar="ID|PATH", help="Teacher: hub id or folder.  [default: the demo's]")
 @click.option("--student", metavar="ID|PATH", help="Student to start from: hub id or folder.")
-@click.option("--student-config", multiple=True, metavar="KEY=VALUE", help="Override of the teacher's configuration for the student.")
+@click.option(
+    "--student-config", multiple=True, metavar="KEY=VALUE", help="Override of the teacher's configuration for the student."
+)
 @click.option("--dataset", metavar="ID|PATH", help="Text: hub id, file or folder.  [default: the demo's]")
-@click.option("--objective", multiple=True, metavar="SPEC", help='Term of the loss, such as "cosine:mapper=last_k(k=2),weight=0.3".')
+@click.option(
+    "--objective", multiple=True, metavar="SPEC", help='Term of the loss, such as "cosine:mapper=last_k(k=2),weight=0.3".'
+)
 @click.option("--quantizer", metavar="SPEC", help="Train the student quantised, such as ternary.")
-@click.option("--evaluator", multiple=True, metavar="SPEC", help="Measurement before and after.  [default: perplexity, agreement]")
+@click.option(
+    "--evaluator", multiple=True, metavar="SPEC", help="Measurement before and after.  [default: perplexity, agreement]"
+)
 @click.option("--logger", multiple=True, metavar="SPEC", help="Where metrics go besides metrics.jsonl.  [default: progress]")
 @click.option("--control/--no-control", default=None, help="Also train the student on labels alone, for comparison.")
-@click.option("--train", "train_settings", multiple=True, metavar="KEY=VALUE", help="Any field of transformers.TrainingArguments.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key of the configuration, such as data.max_length=512.")
+@click.option(
+    "--train", "train_settings", multiple=True, metavar="KEY=VALUE", help="Any field of transformers.TrainingArguments."
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key of the configuration, such as data.max_length=512."
+)
 @click.option("--output-dir", metavar="DIR", help="Folder of the run.  [default: runs/<date>-<time>]")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the student.  [default: nothing is uploaded]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --output-dir, or start it.")
@@ -155,7 +165,9 @@ def _values(
     from distily.config import assign, expand, merge, read_file
 
     values = expand(read_file(config)) if config else {}
-    flags: dict[str, Any] = {key: value for key, value in {"teacher": teacher, "student": student, "data": dataset}.items() if value is not None}
+    flags: dict[str, Any] = {
+        key: value for key, value in {"teacher": teacher, "student": student, "data": dataset}.items() if value is not None
+    }
     flags |= {"output_dir": output_dir} if output_dir is not None else {}
     flags |= {"quantizer": quantizer} if quantizer is not None else {}
     flags |= {"control": control} if control is not None else {}
@@ -165,8 +177,9 @@ def _values(
     values = merge(values, {"student": {"config": assign(student_config, "--student-config")}} if student_config else {})
     values = merge(values, {"train": assign(train_settings, "--train")} if train_settings else {})
     values = merge(values, expand(assign(settings, "--set")))
-    if not any(section in values for section in ("teacher", "data", "student")):
-        demo = {key: value for key, value in read_file(DEMO_CONFIG).items() if key in ("student", "data", "train")}
+    naming = {"teacher": ("model",), "student": ("model", "config"), "data": ("dataset",)}
+    if not any(key in values.get(section, {}) for section, keys in naming.items() for key in keys):
+        demo = {key: value for key, value in read_file(DEMO_CONFIG).items() if key in naming or key == "train"}
         values = merge(demo, values)
     return values
 
@@ -192,7 +205,9 @@ def _finish(record: RunRecord) -> None:
     share = record.student_parameters / max(1, record.teacher_parameters)
     click.echo()
     click.echo(_table(record))
-    click.echo(f"\nStudent: {record.student_parameters:,} parameters, {share:.1%} of the teacher's {record.teacher_parameters:,}.")
+    click.echo(
+        f"\nStudent: {record.student_parameters:,} parameters, {share:.1%} of the teacher's {record.teacher_parameters:,}."
+    )
     click.echo(verdict(record))
     click.echo(f"Student, model card and report: {record.output_dir}")
 
@@ -226,7 +241,9 @@ def demo(output_dir: str) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--dataset", metavar="ID|PATH", default="demo", help="Held-out text: hub id, file or folder.  [default: the demo's]")
+@click.option(
+    "--dataset", metavar="ID|PATH", default="demo", help="Held-out text: hub id, file or folder.  [default: the demo's]"
+)
 @click.option("--teacher", metavar="ID|PATH", help="Teacher for the agreement.")
 @click.option("--evaluator", multiple=True, metavar="SPEC", help="[default: perplexity, and agreement with a teacher]")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Keys of the data, such as data.max_length=512.")

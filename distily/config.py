@@ -14,7 +14,7 @@ import yaml
 
 from distily.errors import DistilyError, unknown, wrong
 from distily.schema import Between, conforms, describe
-from distily.spec import Component, parse_component
+from distily.spec import Component, parse_component, read_yaml
 
 Positive = Annotated[int, Between(1)]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -184,7 +184,7 @@ def expand(values: Mapping[str, Any]) -> dict[str, Any]:
 def read_file(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ``DistilyError`` where the file is missing or is no mapping."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = read_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise DistilyError(f"configuration {str(path)!r} cannot be read: {reason}.") from error
@@ -206,23 +206,13 @@ def assign(settings: Sequence[str], option: str) -> dict[str, Any]:
         if not equals or not path or "" in path.split("."):
             raise DistilyError(f"{option}: {setting!r} is not allowed; allowed: KEY=VALUE, such as data.max_length=512.")
         try:
-            value: Any = yaml.safe_load(text)
+            value: Any = read_yaml(text)
         except yaml.YAMLError as error:
             raise DistilyError(f"{option}: the value of {path!r} is not valid YAML: {text!r}.") from error
-        if isinstance(value, str):
-            value = _number(value)
         for key in reversed(path.split(".")):
             value = {key: value}
         result = merge(result, value)
     return result
-
-
-def _number(text: str) -> Any:
-    """``1e-4`` is a number to everybody but YAML 1.1."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def resolve(values: Mapping[str, Any]) -> RunConfig:

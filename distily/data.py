@@ -103,15 +103,16 @@ def _splits(config: DataConfig, seed: int) -> tuple[Any, Any]:
         order = _order(len(documents), seed)
         heldout, documents = documents.select(order[: int(size)]), documents.select(order[int(size) :])
     if config.streaming:
-        return documents if config.samples is None else documents.take(config.samples), _draw(heldout, config.eval_samples, seed)
-    return _draw(documents, config.samples, seed), _draw(heldout, config.eval_samples, seed)
+        return documents if config.samples is None else documents.take(config.samples), draw(heldout, config.eval_samples, seed)
+    return draw(documents, config.samples, seed), draw(heldout, config.eval_samples, seed)
 
 
 def _order(size: int, seed: int) -> list[int]:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _draw(documents: Any, samples: int | None, seed: int) -> Any:
+def draw(documents: Any, samples: int | None, seed: int) -> Any:
+    """``samples`` documents by the seed; all where there are no more."""
     if samples is None or samples >= len(documents):
         return documents
     return documents.select(_order(len(documents), seed)[:samples])
@@ -159,7 +160,9 @@ def sequences(documents: Any, config: DataConfig, tokenizer: Any, max_length: in
         fingerprint=key,
     )
     if not report.supervised:
-        raise DistilyError(f"data.dataset: {config.dataset!r} gave no supervised token; allowed: documents of two tokens or more.")
+        raise DistilyError(
+            f"data.dataset: {config.dataset!r} gave no supervised token; allowed: documents of two tokens or more."
+        )
     if report.dropped:
         tokenized = tokenized.select([place for place, keep in enumerate(kept) if keep])
     return tokenized, report
@@ -181,7 +184,7 @@ def collator_for(tokenizer: Any, packed: bool = False) -> Collator:
     return Collator(0 if pad is None else int(pad), packed)
 
 
-class PackedSequences(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class PackedSequences(torch.utils.data.Dataset):
     """Whole sequences put together into rows of at most ``max_length`` tokens: first fit, longest first, within windows of 1024.
 
     An item is the list of the row's sequences. No sequence is cut, and the same sequences give the same rows.
@@ -237,9 +240,7 @@ class Collator:
         columns = [self._row(row, size) for row in rows]
         batch: dict[str, Any] = {name: torch.stack([column[name] for column in columns]) for name in columns[0]}
         batch["supervised"], _ = count(batch["shift_labels"])
-        batch["lengths"] = [
-            sum(label != IGNORE_INDEX for label in sequence["labels"][1:]) for row in rows for sequence in row
-        ]
+        batch["lengths"] = [sum(label != IGNORE_INDEX for label in sequence["labels"][1:]) for row in rows for sequence in row]
         return batch
 
     def _row(self, row: Sequence[Mapping[str, Any]], size: int) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from distily.chunks import ChunkWalk, Piece, chunked_loss
 from distily.errors import DistilyError
 from distily.features import Feature, FeatureCapture
 from distily.heads import OutputHead, nothing, select
-from distily.teachers import Teacher, TeacherSignals
+from distily.teachers import LocalTeacher, Teacher, TeacherSignals
 from distily.terms import Term
 
 ATTACHED = "distily_objectives"
@@ -103,6 +103,10 @@ class Driver:
     def _all_terms(self) -> list[Term]:
         return [term for term in self.terms.values() if isinstance(term, Term)]
 
+    def weight(self, key: str, progress: float) -> float:
+        """The weight of a term at a share of training done."""
+        return next(term.weight.at(progress) for term in self._all_terms if term.key == key)
+
     def attach(self, student: Any) -> None:
         """Puts the driver on the student, before anything wraps it. The terms' parameters become the student's."""
         self.student = student
@@ -125,9 +129,7 @@ class Driver:
             delattr(self.student, ATTACHED)
 
     @contextmanager
-    def step(
-        self, batch: Mapping[str, Any], items: Any = None, progress: float = 0.0, global_step: int = 0
-    ) -> Iterator[Step]:
+    def step(self, batch: Mapping[str, Any], items: Any = None, progress: float = 0.0, global_step: int = 0) -> Iterator[Step]:
         """Opens a micro-batch: inside, one forward of the student (or of what wraps it) with ``step``'s model inputs.
 
         ``items``: N of the global, accumulated batch; None: of this micro-batch. ``progress``: share of training done.
@@ -175,8 +177,7 @@ class Driver:
         pieces = []
         if token:
             pieces = [
-                Piece(slice(start, min(start + self.chunk_rows, count)), token, 1.0)
-                for start in range(0, count, self.chunk_rows)
+                Piece(slice(start, min(start + self.chunk_rows, count)), token, 1.0) for start in range(0, count, self.chunk_rows)
             ]
         for term in terms:
             if term.is_row_set:
@@ -214,10 +215,16 @@ class Driver:
         if not term.is_row_set:
             return term.values(student, teacher, step.inputs).sum()
         sets = self._row_sets(term, step)
-        parts = [
-            term.values(student[rows], teacher[rows], pick(step.inputs, rows)).sum() * share for rows, share in sets
-        ]
+        parts = [term.values(student[rows], teacher[rows], pick(step.inputs, rows)).sum() * share for rows, share in sets]
         return torch.stack(parts).sum() if parts else student.sum() * 0.0
+
+
+def local_teacher(model: Any, terms: nn.ModuleDict, vocabulary: int) -> LocalTeacher | None:
+    """``model`` as the teacher that captures what the terms need; None where no term needs a teacher."""
+    every = [term for term in terms.values() if isinstance(term, Term)]
+    if not any(term.description.needs_teacher for term in every):
+        return None
+    return LocalTeacher(model, vocabulary, [feature for term in every for feature in term.teacher_features])
 
 
 def _finish(student: nn.Module, arguments: Any, output: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -64,10 +65,8 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
     }
-    try:
+    with contextlib.suppress(ValueError, OSError):
         described["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        pass
     if torch.cuda.is_available():
         described["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         described["cuda"] = torch.version.cuda

@@ -34,7 +34,8 @@ class EvaluationContext:
 
 class Evaluator:
     """Base class. Keyword-only parameters of ``__init__`` are the options. ``during_training``: cheap enough for every
-    evaluation step; otherwise it runs before and after training only."""
+    evaluation step; otherwise it runs before and after training only.
+    """
 
     during_training = True
 

@@ -19,10 +19,13 @@ from distily.heads import OutputHead, select
 
 
 class HeldOut:
-    """The held-out sequences, and the means of functions over their supervised tokens."""
+    """The held-out sequences, those of like length together, and the means of functions over their supervised tokens."""
 
-    def __init__(self, sequences: Any, collator: Any, teacher: Any | None, vocabulary: int, batch_size: int, autocast: bool = False) -> None:
-        self.loader = DataLoader(sequences, batch_size=batch_size, shuffle=False, collate_fn=collator)
+    def __init__(
+        self, sequences: Any, collator: Any, teacher: Any | None, vocabulary: int, batch_size: int, autocast: bool = False
+    ) -> None:
+        order = sorted(range(len(sequences)), key=[len(ids) for ids in sequences["input_ids"]].__getitem__)
+        self.loader = DataLoader(sequences.select(order), batch_size=batch_size, shuffle=False, collate_fn=collator)
         self.teacher = teacher
         self.vocabulary = vocabulary
         self.autocast = autocast

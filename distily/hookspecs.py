@@ -32,7 +32,8 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec
 def distily_objectives() -> Mapping[str, Factory]:  # type: ignore[empty-body]
     """Terms of the loss: functions ``(student, teacher, *, options) -> (N,)`` made by ``@token_objective`` or
-    ``@row_set_objective``, or ``nn.Module`` classes with the same call. See ``distily.objectives``."""
+    ``@row_set_objective``, or ``nn.Module`` classes with the same call. See ``distily.objectives``.
+    """
 
 
 @hookspec

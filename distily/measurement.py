@@ -8,18 +8,17 @@ from typing import Any
 import torch
 
 from distily import data, models
-from distily.config import DataConfig, RunConfig, assign, merge, resolve
+from distily.config import DataConfig, RunConfig, TeacherConfig, assign, merge, resolve
 from distily.evaluation import EvaluationContext, measure
 from distily.heldout import HeldOut
 from distily.plugins import load
 from distily.sources import load_documents
-from distily.spec import parse_component
 
 
 def evaluate_model(
     model: str, dataset: str, teacher: str | None, evaluators: Sequence[str], settings: Sequence[str]
 ) -> dict[str, float]:
-    """The evaluators' numbers for ``model`` on all documents of ``dataset`` (of the demo: its held-out ones).
+    """The evaluators' numbers for ``model`` on the documents of ``dataset`` (of the demo: its held-out ones; all, or ``data.samples``).
 
     Raises ``DistilyError`` for wrong input.
     """
@@ -28,7 +27,7 @@ def evaluate_model(
     config = resolve(merge({"output_dir": ".", "evaluators": names, "data": held_out}, assign(settings, "--set")))
     plugins = load()
     plugins.check(config)
-    built = {entry.name: plugins.build("evaluators", parse_component(entry, "evaluators")) for entry in config.evaluators}
+    built = {plugins.find("evaluators", entry.name).name: plugins.build("evaluators", entry) for entry in config.evaluators}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = models.load_tokenizer(model, "MODEL")
     network = _load(model, "MODEL", config, device)
@@ -36,19 +35,18 @@ def evaluate_model(
     if teacher:
         models.check_tokenizers(models.load_tokenizer(teacher, "--teacher"), tokenizer)
     length = models.max_length(config.data.max_length, tokenizer, *(entry for entry in (network, other) if entry is not None))
-    sequences, collator = _held_out(config.data, tokenizer, length)
+    sequences, collator = _held_out(config.data, tokenizer, length, config.seed)
     heldout = HeldOut(sequences, collator, other, models.vocabulary_size(tokenizer), 8)
     context = EvaluationContext(tokenizer, heldout.token_means, other is not None, 8, ".")
     return measure(built, network, context)
 
 
 def _load(model: str, key: str, config: RunConfig, device: torch.device) -> Any:
-    from distily.config import TeacherConfig
-
     return models.load_teacher(TeacherConfig(model, dtype=config.teacher.dtype), device, key=key)
 
 
-def _held_out(config: DataConfig, tokenizer: Any, length: int) -> tuple[Any, data.Collator]:
+def _held_out(config: DataConfig, tokenizer: Any, length: int, seed: int) -> tuple[Any, data.Collator]:
     documents = load_documents(config.dataset, config.subset, config.split, False, "--dataset")
-    sequences, _ = data.sequences(documents, config, tokenizer, length)
+    chosen = data.draw(documents, config.samples, seed)
+    sequences, _ = data.sequences(chosen, config, tokenizer, length)
     return sequences, data.collator_for(tokenizer)

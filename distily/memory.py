@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -14,10 +15,8 @@ def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        try:
+        with contextlib.suppress(OSError):  # without /proc, or where it is forbidden, the peak is the process's own
             CLEAR.write_text("5")
-        except OSError:
-            pass  # a system without /proc, or one that forbids it: the peak is then the process's own
 
 
 def read() -> dict[str, int]:

@@ -18,7 +18,7 @@ from distily.schema import Between, Option, conforms, describe, mistakes
 from distily.sources import DEMO
 
 MACHINE = (torch.OutOfMemoryError, torch.AcceleratorError)
-REFUSALS = (ValueError, KeyError, TypeError, IndexError, AttributeError, ImportError, RuntimeError, AssertionError, ZeroDivisionError)
+REFUSALS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, ImportError, RuntimeError, AssertionError)
 """What transformers raises for values that fit no model, unless it is one of ``MACHINE``."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,7 +57,7 @@ def _from_pretrained(loader: Any, model: str, key: str, **options: Any) -> Any:
 
 
 def _refused(error: Exception, key: str, what: str, attention: str | None) -> DistilyError:
-    """transformers' reason on one line; one about attention names that key."""
+    """The reason that transformers gave, on one line; one about attention names that key."""
     reason = " ".join(str(error).split())[:240]
     if attention and "ttention" in reason:
         allowed = "eager, sdpa, or another one that is installed"
@@ -71,7 +71,8 @@ def _load_model(model: str, key: str, **options: Any) -> Any:
 
     loaded, info = _from_pretrained(AutoModelForCausalLM, model, key, output_loading_info=True, **options)
     if info["missing_keys"] and not getattr(loaded, "is_quantized", False):
-        raise DistilyError(f"{key}: {model!r} lacks {', '.join(sorted(info['missing_keys'])[:3])}; allowed: a model with all its weights.")
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise DistilyError(f"{key}: {model!r} lacks {missing}; allowed: a model with all its weights.")
     return loaded
 
 
@@ -101,9 +102,7 @@ def check_tokenizers(teacher: Any, student: Any) -> None:
     )
 
 
-def load_teacher(
-    config: TeacherConfig, device: torch.device, trust_remote_code: bool = False, key: str = "teacher.model"
-) -> Any:
+def load_teacher(config: TeacherConfig, device: torch.device, trust_remote_code: bool = False, key: str = "teacher.model") -> Any:
     """The teacher, frozen and in evaluation mode."""
     stored = config.dtype == "auto" and device.type != "cpu"
     options: dict[str, Any] = {"dtype": "auto" if stored else DTYPES.get(config.dtype, torch.float32)}

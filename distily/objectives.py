@@ -22,7 +22,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 DRIVER_INPUTS = ("labels", "input_ids", "sequence_ids", "progress")
 """Filled by name: ``labels`` (N,), the next token; ``input_ids`` (N,), the token at the position; ``sequence_ids`` (N,), the
@@ -36,7 +36,6 @@ RESERVED = ("weight", "on", "mapper", "projector", "normalizer", "temperature", 
 
 TemperatureScale = Literal["t2", "t", "none"]
 Granularity = Literal["token", "row_set"]
-AnyObjective = TypeVar("AnyObjective", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -60,27 +59,28 @@ class Description:
     own_temperature: bool = False
 
 
-def _describe(granularity: Granularity, target: AnyObjective, **facts: Any) -> AnyObjective:
-    names = inspect.signature(target.forward if isinstance(target, type) else target).parameters
+def _describe(granularity: Granularity, target: Any, **facts: Any) -> Any:
+    called: Any = vars(target).get("forward") if isinstance(target, type) else target
+    names = inspect.signature(called).parameters
     inputs = tuple(name for name in DRIVER_INPUTS if name in names)
     on = facts.get("on", ("logits",))
     own_temperature = "temperature" in inspect.signature(target).parameters
     if own_temperature or "logits" not in on:
         facts["temperature_scale"] = None
-    target.description = Description(  # type: ignore[attr-defined]
+    target.description = Description(
         granularity, inputs=inputs, own_temperature=own_temperature, **facts
     )
     return target
 
 
-def token_objective(target: AnyObjective | None = None, **facts: Any) -> Any:
+def token_objective(target: Callable[..., Any] | None = None, **facts: Any) -> Any:
     """Make a function of rows a token objective. ``facts`` are fields of ``Description``: aliases, on, temperature_scale, …"""
     if target is None:
         return lambda wrapped: _describe("token", wrapped, **facts)
     return _describe("token", target, **facts)
 
 
-def row_set_objective(target: AnyObjective | None = None, **facts: Any) -> Any:
+def row_set_objective(target: Callable[..., Any] | None = None, **facts: Any) -> Any:
     """Make a function of a set of rows a row-set objective. Its option ``max_rows`` (if it has one) bounds the set."""
     if target is None:
         return lambda wrapped: _describe("row_set", wrapped, **facts)

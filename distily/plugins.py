@@ -166,7 +166,8 @@ class Plugins:
                 else:
                     nested = chosen[key] if isinstance(chosen[key], (Component, str, Mapping)) else str(chosen[key])
                     try:
-                        lines += self._check_component(kind, parse_component(nested, f"{where}: {key}"), f"{where}: {KINDS[kind]}")
+                        parsed = parse_component(nested, f"{where}: {key}")
+                        lines += self._check_component(kind, parsed, f"{where}: {KINDS[kind]}")
                     except DistilyError as error:
                         lines.append(str(error))
         lines += _check_weight(where, chosen.get("weight", 1.0))

@@ -34,9 +34,8 @@ from torch.utils._pytree import tree_map_only
 
 from distily.batch import model_inputs
 from distily.chunks import Piece
-from distily.driver import Driver, Step
+from distily.driver import Driver, Step, local_teacher
 from distily.spec import Component
-from distily.teachers import LocalTeacher
 from distily.terms import Builder, Term, build_terms
 
 PARTS = ("teacher", "student", "gradients", "optimizer", "activations", "loss", "workspace")
@@ -106,17 +105,12 @@ def predict_memory(
         with memory.phase("student"):
             student, terms = _without_data(student), _without_data(terms)
         terms.to = lambda _: terms  # they are where the student is
-        wanted = [feature for term in terms.values() for feature in term.teacher_features]
-        needed = any(term.description.needs_teacher for term in terms.values())
-        source = LocalTeacher(teacher, vocabulary, wanted) if needed else None
-        driver = _CountedDriver(terms, source, vocabulary, chunk_rows, seed)
+        driver = _CountedDriver(terms, local_teacher(teacher, terms, vocabulary), vocabulary, chunk_rows, seed)
         driver.memory = memory
         driver.attach(student)
         _simulate(driver, _batch(rows, length, packed), arguments, mixed_precision, on_gpu)
     parts = {name: memory.at_peak[name] for name in PARTS}
-    return MemoryPrediction(
-        **parts, peak=memory.peak, moment=memory.moment, phases=dict(memory.phases), device_type=device_type
-    )
+    return MemoryPrediction(**parts, peak=memory.peak, moment=memory.moment, phases=dict(memory.phases), device_type=device_type)
 
 
 def _simulate(driver: _CountedDriver, batch: Mapping[str, Any], arguments: Any, mixed_precision: bool, on_gpu: bool) -> None:

@@ -31,7 +31,8 @@ def check_native_logits(role: str, model: Any, batch: dict[str, Any]) -> float:
         if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
             raise
         reason = " ".join(str(error).split())[:240]
-        raise DistilyError(f"{role}: {type(model).__name__} cannot read a batch: {reason}; allowed: parts that fit together.") from error
+        allowed = "allowed: a model whose parts fit together"
+        raise DistilyError(f"{role}: {type(model).__name__} cannot read a batch ({reason}); {allowed}.") from error
     hidden = select(head.last_hidden_states(model, inputs), index)
     driven = head.logits(hidden).float()
     model.train(training)

@@ -88,9 +88,7 @@ def train(
     Afterwards the student is the plain model again. ``record`` receives steps and seconds; None for a control.
     """
     sinks = [logger.report_to for logger in parts.loggers if logger.report_to] if record is not None else []
-    arguments = training_arguments(
-        parts.config, folder, mixed_precision=parts.mixed_precision, report_to=sinks, **overrides
-    )
+    arguments = training_arguments(parts.config, folder, mixed_precision=parts.mixed_precision, report_to=sinks, **overrides)
     driver = parts.new_driver(student, objectives)
     loggers = [logger for logger in parts.loggers if not logger.report_to]
     stop = StopOnSignal()
@@ -136,7 +134,7 @@ def train(
 def _control(parts: Assembly, record: RunRecord, say: Say) -> Metrics:
     """The same student on labels alone, at every rate of the grid; the best by held-out nats is the control."""
     assert parts.config.control is not None
-    rates = parts.config.control.learning_rates or [None]
+    rates: list[float | None] = list(parts.config.control.learning_rates) or [None]
     known = {entry["learning_rate"]: entry["metrics"] for entry in record.control}
     for place, rate in enumerate(rates):
         folder = record.folder / "control" / str(place)
@@ -193,5 +191,3 @@ def _push(folder: Path, repository: str) -> None:
     api = HfApi()
     api.create_repo(repository, exist_ok=True)
     api.upload_folder(folder_path=str(folder), repo_id=repository, commit_message="Distilled with Distily")
-
-

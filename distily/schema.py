@@ -86,7 +86,7 @@ def conforms(value: Any, hint: Any) -> bool:
 
 def options(factory: Callable[..., Any], supplied: Collection[str] = ()) -> dict[str, Option]:
     """The options of a component: its keyword-only parameters, less those that the core supplies by name."""
-    function = factory.__init__ if isinstance(factory, type) else factory
+    function: Any = factory.__init__ if isinstance(factory, type) else factory  # type: ignore[misc]
     hints = typing.get_type_hints(function, include_extras=True)
     return {
         parameter.name: Option(parameter.name, hints.get(parameter.name, Any), parameter.default)

@@ -31,7 +31,8 @@ def load_documents(dataset: str, subset: str | None, split: str, streaming: bool
         known = ("train", "heldout") if dataset == "demo" else ("train",)
         saved = path.is_dir() and _is_saved(path)
         if split not in known and not saved:
-            raise DistilyError(wrong(section, split, f"{' or '.join(known)}, or held-out files of their own by data.eval_dataset"))
+            allowed = f"{' or '.join(known)}, or held-out files of their own by data.eval_dataset"
+            raise DistilyError(wrong(section, split, allowed))
         if subset is not None:
             raise DistilyError(wrong("data.subset", subset, "null for files; only a hub data set has subsets"))
     if dataset == "demo":

@@ -11,9 +11,32 @@ import yaml
 
 from distily.errors import DistilyError
 
+
+class Yaml(yaml.SafeLoader):
+    """YAML as people mean it (and as YAML 1.2 says): ``on`` is a word, ``1e-4`` a number."""
+
+
+_BOOLEAN, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+Yaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOLEAN, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Yaml.add_implicit_resolver(_BOOLEAN, re.compile(r"^(?:true|false|True|False|TRUE|FALSE)$"), list("tTfF"))
+Yaml.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf)|\.(?:nan|NaN))$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises ``yaml.YAMLError``."""
+    return yaml.load(text, Loader=Yaml)
+
+
 OPENING, CLOSING = "([{", ")]}"
 NESTED = re.compile(r"([A-Za-z_][\w-]*)\((.*)\)", re.DOTALL)
-FORM = "name or name:option=value,option=value, such as \"cosine:mapper=last_k(k=2),weight=0.3\""
+FORM = 'name or name:option=value,option=value, such as "cosine:mapper=last_k(k=2),weight=0.3"'
 
 
 @dataclass(frozen=True)
@@ -84,15 +107,9 @@ def _value(text: str, key: str) -> Any:
     if match:
         return Component(match[1], _options(match[2], key))
     try:
-        value = yaml.safe_load(text)
+        return read_yaml(text)
     except yaml.YAMLError as error:
         raise DistilyError(f"{key}: {text!r} is not a value; allowed: a YAML scalar or list.") from error
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-4 as a text
-        except ValueError:
-            return value
-    return value
 
 
 def _split(text: str, key: str) -> Iterator[str]:

@@ -123,7 +123,9 @@ class Term(nn.Module):
         return student, teacher
 
 
-def build_terms(components: Sequence[Component], builder: Builder, student: Any, teacher: Any | None, seed: int = 0) -> nn.ModuleDict:
+def build_terms(
+    components: Sequence[Component], builder: Builder, student: Any, teacher: Any | None, seed: int = 0
+) -> nn.ModuleDict:
     """The terms of a run by key (the objective's name, numbered when repeated).
 
     Raises ``DistilyError`` for an objective that needs a teacher where there is none.

@@ -74,9 +74,7 @@ def tokenizer_function(
     return apply
 
 
-def _pieces(
-    ids: list[int], labels: list[int], max_length: int, split: bool
-) -> Iterator[tuple[list[int], list[int], int]]:
+def _pieces(ids: list[int], labels: list[int], max_length: int, split: bool) -> Iterator[tuple[list[int], list[int], int]]:
     if not split or len(ids) <= max_length:
         yield ids[:max_length], labels[:max_length], max(0, len(ids) - max_length)
         return

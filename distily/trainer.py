@@ -29,7 +29,12 @@ class DistillationTrainer(Trainer):
     """Trains a student that a driver is attached to. Overrides ``compute_loss``, ``log`` and ``evaluate``, nothing private."""
 
     def __init__(
-        self, driver: Driver, evaluators: Mapping[str, Evaluator], context: EvaluationContext | None, quantizer: Any = None, **keywords: Any
+        self,
+        driver: Driver,
+        evaluators: Mapping[str, Evaluator],
+        context: EvaluationContext | None,
+        quantizer: Any = None,
+        **keywords: Any,
     ) -> None:
         super().__init__(**keywords)
         # the loss is divided by the tokens of the accumulated batch already, for every class of model
@@ -67,7 +72,7 @@ class DistillationTrainer(Trainer):
 
     def _collect(self, step: Step, inputs: Mapping[str, Any]) -> None:
         for key, value in step.values.items():
-            weighted = value * self.driver.terms[key].weight.at(step.progress)
+            weighted = value * self.driver.weight(key, step.progress)
             for name, part in ((f"{key}", value), (f"{key}_weighted", weighted)):
                 self._sums[name] = self._sums[name] + part if name in self._sums else part.clone()
         self._tokens += inputs["input_ids"].numel()
@@ -111,6 +116,5 @@ class DistillationTrainer(Trainer):
         memory.reset_peak()
         self._paused += time.perf_counter() - began
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-

@@ -38,7 +38,8 @@ class Perplexity(Evaluator):
 
 class Agreement(Evaluator):
     """How near the model is to the teacher on held-out tokens: ``kl`` = KL(teacher‖model) in nats, and ``top1``, the share of
-    tokens for which both put the same token first. Nothing is reported in a run without a teacher."""
+    tokens for which both put the same token first. Nothing is reported in a run without a teacher.
+    """
 
     def evaluate(self, model: Any, context: EvaluationContext) -> dict[str, float]:
         if not context.has_teacher:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib.util
 import io
 import logging
 import os
@@ -92,9 +91,7 @@ class LMEval(Evaluator):
     fixes 0 keeps 0. With ``name@file`` they are other rows of the same file. ``limit``: only the
     first rows of each task. ``seed``: picks the examples. ``batch_size``: the run's if not given.
 
-    Construction checks options and files and imports nothing. ``prepare`` checks task names and
-    loads the data; lm-eval needs about ten seconds to list its tasks, so this waits for the first
-    evaluation, which comes before training.
+    Construction checks options and files; ``prepare`` checks task names and loads the data.
     """
 
     during_training = False
@@ -108,18 +105,13 @@ class LMEval(Evaluator):
         seed: Annotated[int, Between(0)] = 1234,
         batch_size: Annotated[int, Between(1)] | None = None,
     ) -> None:
-        if importlib.util.find_spec("lm_eval") is None:
-            raise DistilyError("Evaluator 'lm_eval' needs a package: pip install lm-eval")
         self.sources = [TaskSource.parse(entry) for entry in tasks]
         mistakes = [line for source in self.sources for line in source.mistakes()]
         if not tasks:
             mistakes.append(wrong("lm_eval: tasks", tasks, "a list of at least one task"))
         if mistakes:
             raise DistilyError("\n".join(mistakes))
-        self.shots = shots
-        self.limit = limit
-        self.seed = seed
-        self.batch_size = batch_size
+        self.shots, self.limit, self.seed, self.batch_size = shots, limit, seed, batch_size
         self._loaded: dict[str, Any] | None = None
 
     def prepare(self) -> None:
@@ -244,11 +236,7 @@ def _set_shots(tasks: Mapping[str, Any], shots: int | None, seed: int) -> None:
 
 
 def _run(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    loaded: dict[str, Any],
-    batch_size: int,
-    limit: int | None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: dict[str, Any], batch_size: int, limit: int | None
 ) -> dict[str, dict[str, Any]]:
     """lm-eval's results by task.
 
@@ -259,13 +247,7 @@ def _run(
 
     # A copy, since HFLM gives the tokenizer a padding token.
     wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    results = lm_eval.evaluate(
-        lm=wrapped,
-        task_dict=loaded,
-        limit=limit,
-        log_samples=False,
-        bootstrap_iters=BOOTSTRAP_DRAWS,
-    )
+    results = lm_eval.evaluate(lm=wrapped, task_dict=loaded, limit=limit, log_samples=False, bootstrap_iters=BOOTSTRAP_DRAWS)
     return dict(results["results"])
 
 

@@ -70,7 +70,9 @@ class _Sink(Logger):
 
     def __init__(self) -> None:
         if importlib.util.find_spec(self.package) is None:
-            raise DistilyError(f"logger {self.report_to}: package {self.package!r} is not installed; allowed: after pip install it.")
+            raise DistilyError(
+                f"logger {self.report_to}: package {self.package!r} is not installed; allowed: after pip install it."
+            )
 
 
 def _sink(name: str, package: str, title: str) -> type[_Sink]:

@@ -29,7 +29,8 @@ def linear(student_width: int, teacher_width: int, *, bias: bool = False) -> nn.
 
 def orthogonal(student_width: int, teacher_width: int) -> nn.Module:
     """A trained linear map with orthonormal columns (Hs ≤ Ht) or rows (Hs > Ht): it turns the student's features and keeps
-    their lengths and angles when Hs ≤ Ht, so that it cannot absorb the difference that the student should learn."""
+    their lengths and angles when Hs ≤ Ht, so that it cannot absorb the difference that the student should learn.
+    """
     layer = nn.Linear(student_width, teacher_width, bias=False)
     nn.init.orthogonal_(layer.weight)
     return nn.utils.parametrizations.orthogonal(layer)

@@ -1,4 +1,4 @@
-"""What all tests share: no network, a cache of their own, a tiny model and a tiny text; markers that skip, and a line that counts the skips."""
+"""What all tests share: no network, a cache of their own, a tiny model and text, markers that skip, a count of the skips."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def runner() -> CliRunner:
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 short documents as JSON lines."""
     path = tmp_path_factory.mktemp("text") / "tiny.jsonl"
-    lines = [json.dumps({"text": f"Return the value of item {number} and go on with number {number * 7}."}) for number in range(40)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    texts = [f"Return the value of item {number} and go on with number {number * 7}." for number in range(40)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
 
 
@@ -77,8 +77,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=1024, max_position_embeddings=256, **shape)).save_pretrained(folder)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=1024, max_position_embeddings=256, num_key_value_heads=2, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / "teacher" / file, folder / file)
     return folder

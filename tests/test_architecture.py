@@ -18,7 +18,7 @@ LAYERS = [
     {"objectives", "layers", "quantization", "evaluation", "loggers", "batch", "heads", "features", "teachers"},
     {"terms", "sources", "tokenization", "data", "models", "probes", "environment"},
     {"chunks", "driver", "heldout", "checkpoints", "arguments", "prediction"},
-    {"trainer", "record", "export", "testing"},
+    {"trainer", "record", "export", "testing", "conformance"},
     {"card", "report", "assembly", "measurement", "dry_run"},
     {"run"},
     {"cli", "__main__"},
@@ -111,12 +111,16 @@ def loaded(code: str) -> set[str]:
 
 
 def test_help_loads_neither_torch_nor_plugins():
-    packages = loaded("from click.testing import CliRunner; from distily.cli import main; CliRunner().invoke(main, ['train', '--help'])")
+    packages = loaded(
+        "from click.testing import CliRunner; from distily.cli import main; CliRunner().invoke(main, ['train', '--help'])"
+    )
     assert not packages & {"torch", "transformers", "datasets", *PLUGINS}
 
 
 def test_a_contract_costs_a_plugin_no_torch():
-    packages = loaded("import distily.objectives, distily.layers, distily.evaluation, distily.loggers, distily.quantization, distily.plugins")
+    packages = loaded(
+        "import distily.objectives, distily.layers, distily.evaluation, distily.loggers, distily.quantization, distily.plugins"
+    )
     assert not packages & {"torch", "transformers", "datasets"}
 
 

@@ -1,4 +1,4 @@
-"""Bad input: one line for a mistake, which names the key, the value and what is allowed; exit code 2, no traceback, nothing written."""
+"""Bad input: one line for a mistake, with the key, the value and what is allowed; exit code 2, no traceback, nothing written."""
 
 from __future__ import annotations
 
@@ -72,14 +72,17 @@ COMPONENTS = [
     ("open bracket", "--objective 'cosine:mapper=last_k(k=2'", "objectives: the brackets in 'mapper=last_k(k=2' do not match"),
     ("closed bracket", "--objective 'cosine:mapper=last_k)'", "objectives: the brackets in", "do not match"),
     ("option twice", "--objective forward_kl:weight=1,weight=2", "objectives: option 'weight' is given twice"),
-    ("component without name", "--set 'objectives=[{weight: 1}]'", "objectives: {'weight': 1} has no name", "{name: …, option: …}"),
+    ("component without name", "--set 'objectives=[{weight: 1}]'", "objectives: {'weight': 1} has no name",
+     "{name: …, option: …}"),
     ("evaluator twice", "--evaluator perplexity --evaluator ppl", "evaluators: 'perplexity' is named twice"),
     ("weight", "--objective forward_kl:weight=heavy", "objective forward_kl: weight: 'heavy'", "linear(start=1,end=0)"),
     ("weight that is no number", "--objective forward_kl:weight=.nan", "objective forward_kl: weight: 'nan'", "a number"),
-    ("schedule", "--objective 'forward_kl:weight=liner(start=1,end=0)'", "weight: 'liner:start=1,end=0'", "cosine(start=1,end=0)"),
+    ("schedule", "--objective 'forward_kl:weight=liner(start=1,end=0)'", "weight: 'liner:start=1,end=0'",
+     "cosine(start=1,end=0)"),
     ("schedule without end", "--objective 'forward_kl:weight=linear(start=1)'", "weight linear: option 'end' is missing"),
     ("schedule beyond the end", "--objective 'forward_kl:weight=linear(start=1,end=0,until=2)'", "until: 2", "[0, 1]"),
-    ("negative temperature", "--objective forward_kl:temperature=-2", "objective forward_kl: temperature: -2", "a number above 0"),
+    ("negative temperature", "--objective forward_kl:temperature=-2", "objective forward_kl: temperature: -2",
+     "a number above 0"),
     ("no temperature", "--objective forward_kl:temperature=.inf", "objective forward_kl: temperature: inf", "a number above 0"),
     ("temperature of labels", "--objective cross_entropy:temperature=2", "objective cross_entropy: it takes no temperature"),
     ("scale of the temperature", "--objective forward_kl:temperature_scale=t3", "temperature_scale: 't3'", "t2, t, none"),
@@ -101,7 +104,8 @@ COMPONENTS = [
     ("train.push_to_hub", "--train push_to_hub=true", "train.push_to_hub is not set here", "push_to_hub of the run"),
     ("train.hub_token", "--train hub_token=secret", "train.hub_token is not set here", "push_to_hub of the run"),
     ("train.label_smoothing", "--train label_smoothing_factor=0.1", "train.label_smoothing_factor is not set here", "objectives"),
-    ("reentrant", "--train 'gradient_checkpointing_kwargs={use_reentrant: true}'", "use_reentrant true is not supported", "false"),
+    ("reentrant", "--train 'gradient_checkpointing_kwargs={use_reentrant: true}'", "use_reentrant true is not supported",
+     "false"),
     ("no file", "$nowhere.yaml", "configuration '$nowhere.yaml' cannot be read: No such file"),
     ("a folder for a file", "$folder", "configuration '$folder' cannot be read: Is a directory"),
     ("no YAML", "$broken_yaml", "configuration '$broken_yaml' is not valid YAML", "line 2"),
@@ -129,16 +133,21 @@ MODELS = [
     ("attention", "--set teacher.attention=flashy", "teacher.attention: 'flashy'", "sdpa"),
     ("attention not installed", "--set teacher.attention=flash_attention_2", "teacher.attention: 'flash_attention_2'"),
     ("attention of the student", "--set student.attention=flashy", "student.attention: 'flashy'", "sdpa"),
-    ("quantization", "--set 'teacher.quantization={load_in_5bit: true}'", "teacher.quantization: option 'load_in_5bit' is unknown; did you mean", "load_in_4bit"),
+    ("quantization", "--set 'teacher.quantization={load_in_5bit: true}'",
+     "teacher.quantization: option 'load_in_5bit' is unknown; did you mean", "load_in_4bit"),
     ("another tokenizer", "--student $stranger", "student.model: its tokenizer is another one", "the same tokenizer"),
-    ("student twice", "--student $tiny --student-config num_hidden_layers=1", "student.model: it cannot be combined with", "config"),
-    ("copies into a checkpoint", "--student $tiny --set student.copy=[lm_head]", "student.model: it cannot be combined with", "copy"),
+    ("student twice", "--student $tiny --student-config num_hidden_layers=1", "student.model: it cannot be combined with",
+     "config"),
+    ("copies into a checkpoint", "--student $tiny --set student.copy=[lm_head]",
+     "student.model: it cannot be combined with", "copy"),
     ("student key", "--student-config hidden_sise=32", "student.config 'hidden_sise'", "did you mean 'hidden_size'?"),
     ("student of another kind", "--student-config model_type=gpt2", "student.config 'model_type' is unknown"),
-    ("student without layers", "--student-config num_hidden_layers=0", "student.config.num_hidden_layers: 0", "an integer in [1, inf)"),
+    ("student without layers", "--student-config num_hidden_layers=0", "student.config.num_hidden_layers: 0",
+     "an integer in [1, inf)"),
     ("student of no type", "--student-config hidden_size=wide", "student.config.hidden_size: 'wide'", "an integer in [1, inf)"),
     ("heads do not divide", "--student-config hidden_size=33", "student.config: {'hidden_size': 33}", "heads (4)"),
-    ("heads do not group", "--student-config num_key_value_heads=3", "student.config.num_key_value_heads: 3", "a divisor of num_attention_heads, 4"),
+    ("heads do not group", "--student-config num_key_value_heads=3", "student.config.num_key_value_heads: 3",
+     "a divisor of num_attention_heads, 4"),
     ("activation", "--student-config hidden_act=nope", "student.config: it builds no model", "nope"),
     ("small head", "--student-config vocab_size=100", "student: its head has 100 rows, the tokenizer 1024 tokens"),
     ("blocks of other widths", "--student-config hidden_size=16 --set student.initialize=teacher_layers", "needs equal shapes"),
@@ -149,7 +158,8 @@ MODELS = [
     ("freeze", "--set student.freeze=[model.embd_tokens]", "student.freeze: module 'model.embd_tokens'", "'model.embed_tokens'?"),
     ("freeze everything", "--set student.freeze=[model,lm_head]", "student.freeze: nothing is left to train"),
     ("k too large", "--objective 'cosine:mapper=last_k(k=3)'", "layer mapper 'last_k': k is 3", "only 1 blocks"),
-    ("pair beyond the model", "--objective 'cosine:mapper=index(pairs=[[1,9]])'", "block 9 of the teacher does not exist", "-2 to 2"),
+    ("pair beyond the model", "--objective 'cosine:mapper=index(pairs=[[1,9]])'", "block 9 of the teacher does not exist",
+     "-2 to 2"),
     ("unequal depth", "--objective cosine:mapper=all", "layer mapper 'all'", "not 1 and 2 blocks"),
     ("unequal width", "--student-config hidden_size=16 --objective cosine:projector=identity", "projector identity", "16 and 32"),
     ("attention of the embedding", "--objective 'cosine:on=keys,mapper=index(pairs=[[0,0]])'", "keys: block 0", "1 to"),
@@ -165,7 +175,8 @@ MODELS = [
 
 TEXTS = [
     ("data missing", "--dataset $nowhere.jsonl", "data.dataset: '$nowhere.jsonl' does not exist", ".parquet"),
-    ("data on the hub, offline", "--dataset nobody/nothing", "data.dataset: 'nobody/nothing' is no local path", "a hub id, a folder"),
+    ("data on the hub, offline", "--dataset nobody/nothing", "data.dataset: 'nobody/nothing' is no local path",
+     "a hub id, a folder"),
     ("empty file", "--dataset $empty", "data.dataset: '$empty' is empty"),
     ("blank file", "--dataset $blank", "data.dataset: '$blank'"),
     ("empty folder", "--dataset $bare", "data.dataset: '$bare' holds no such file in the folder", ".jsonl"),
@@ -189,7 +200,8 @@ TEXTS = [
     ("held-out split of a file", "--set data.eval_split=validation", "data.eval_split: 'validation'", "data.eval_dataset"),
     ("subset of a file", "--set data.subset=english", "data.subset: 'english'", "null"),
     ("streaming without held-out", "--set data.streaming=true --train max_steps=2", "data.streaming", "data.eval_dataset"),
-    ("streaming, packed", "--set 'data={streaming: true, packing: true, eval_dataset: demo}' --train max_steps=2", "data.packing"),
+    ("streaming, packed", "--set 'data={streaming: true, packing: true, eval_dataset: demo}' --train max_steps=2",
+     "data.packing"),
 ]
 """Refused when the data is there."""
 
@@ -258,7 +270,8 @@ def _write_models(root: Path, made: dict[str, Path]) -> None:
     words.save(str(like("stranger") / "tokenizer.json"))
 
     torch.manual_seed(0)
-    opt = OPTConfig(vocab_size=1024, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=32, word_embed_proj_dim=32)
+    shape = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    opt = OPTConfig(vocab_size=1024, **shape)
     gpt2 = GPT2Config(vocab_size=1024, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     for name, model in {"opt": OPTForCausalLM(opt), "gpt2": GPT2LMHeadModel(gpt2)}.items():
         folder = like(name)
@@ -356,7 +369,8 @@ def test_every_mistake_has_a_line(world: SimpleNamespace, runner: CliRunner, her
     text = "--set data.max_lenght=8 --set techer=demo --set student.dtype=int8"
     check_refused(world, runner.invoke(main, training(world, text)), ("max_lenght", "techer", "int8"), here, count=3)
     text = "--objective forward_kll --objective jsd:beta=2 --evaluator perplxity --quantizer ternary:warm_up=1"
-    check_refused(world, runner.invoke(main, training(world, text)), ("forward_kll", "beta", "perplxity", "warm_up"), here, count=4)
+    fragments = ("forward_kll", "beta", "perplxity", "warm_up")
+    check_refused(world, runner.invoke(main, training(world, text)), fragments, here, count=4)
     text = "--train learning_rte=1 --train max_steps=soon --train seed=1"
     check_refused(world, runner.invoke(main, training(world, text)), ("learning_rte", "max_steps", "train.seed"), here, count=3)
 
@@ -390,7 +404,7 @@ def test_debug_shows_the_traceback(world: SimpleNamespace, runner: CliRunner, he
 
 
 def test_too_little_disk(world: SimpleNamespace, runner: CliRunner, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1000, used=0, free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1000, used=0, free=1000))
     result = runner.invoke(main, training(world))
     check_refused(world, result, ("output_dir: 'out' has 0.00 GiB free", "the run needs about", "a larger disk"), here)
 
@@ -421,7 +435,9 @@ def test_corrupt_configuration_of_a_run(content: str, world: SimpleNamespace, ru
     assert [entry.name for entry in (here / "run").iterdir()] == ["config.yaml"]
 
 
-def test_logger_that_is_not_installed(world: SimpleNamespace, runner: CliRunner, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logger_that_is_not_installed(
+    world: SimpleNamespace, runner: CliRunner, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
     check_refused(world, runner.invoke(main, training(world, "--logger wandb")), ("logger wandb", "is not installed"), here)
@@ -453,14 +469,20 @@ def distily_evaluators():
     [
         ("import no_such_package\n", ("Plugin broken_one is broken: ModuleNotFoundError: No module named 'no_such_package'",)),
         ("def broken(:\n", ("Plugin broken_one is broken: SyntaxError",)),
-        (OFFERING.replace("distily_evaluators", "distily_evaluator"), ("hook 'distily_evaluator' is unknown", "'distily_evaluators'?")),
+        (OFFERING.replace("_evaluators", "_evaluator"), ("hook 'distily_evaluator' is unknown", "'distily_evaluators'?")),
         (OFFERING.replace('{"extra": Extra}', "[Extra]"), ("hook distily_evaluators must return {name: factory}, not list",)),
     ],
     ids=["import", "syntax", "hook", "offer"],
 )
 def test_broken_plugin(
-    module: str, fragments: tuple[str, ...], world: SimpleNamespace, runner: CliRunner, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+    module: str,
+    fragments: tuple[str, ...],
+    world: SimpleNamespace,
+    runner: CliRunner,
+    here: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What a broken plugin would have offered is unknown, and the line says which plugin is broken and why."""
     install(tmp_path / "site", "broken_one", module)
     monkeypatch.syspath_prepend(tmp_path / "site")
@@ -476,4 +498,5 @@ def test_two_plugins_with_one_name(
         install(tmp_path / "site", name, OFFERING)
     monkeypatch.syspath_prepend(tmp_path / "site")
     result = runner.invoke(main, training(world, "--evaluator extra"))
-    check_refused(world, result, ("evaluator 'extra' is offered by first_one (extra) and second_one (extra)", "DISTILY_PLUGINS"), here)
+    told = "evaluator 'extra' is offered by first_one (extra) and second_one (extra)"
+    check_refused(world, result, (told, "DISTILY_PLUGINS"), here)

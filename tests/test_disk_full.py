@@ -1,4 +1,4 @@
-"""A disk that fills up in mid-run: exit code 1, one line, the sealed checkpoints whole, and a run that goes on to the same weights.
+"""A disk that fills up in mid-run: exit code 1, one line, sealed checkpoints whole, and a run that goes on to the same weights.
 
 Each write under the run's folder fails once. ``DISTILY_ALL_WRITES=1`` takes every write, otherwise a spread of them.
 """

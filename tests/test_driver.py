@@ -184,7 +184,9 @@ def test_weights_and_schedules_scale_terms():
     """weight=linear(start=1,end=0): full at the start, half in the middle, none at the end; cosine meets it in the middle."""
     student, teacher = tiny.model(seed=1), tiny.model(seed=2)
     batch = [tiny.collate(tiny.documents(4))]
-    driver = tiny.driver(student, teacher, "forward_kl:weight=linear(start=1,end=0)", "reverse_kl:weight=cosine(start=0,end=2,until=0.5)")
+    driver = tiny.driver(
+        student, teacher, "forward_kl:weight=linear(start=1,end=0)", "reverse_kl:weight=cosine(start=0,end=2,until=0.5)"
+    )
     with torch.no_grad():
         losses = []
         for progress in (0.0, 0.25, 0.5, 1.0):

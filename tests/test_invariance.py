@@ -101,7 +101,9 @@ def test_vocabularies_padded_to_different_sizes_are_cut_to_the_real_one():
         driver = tiny.driver(student, teacher, *LOGITS)
         loss, gradients = tiny.accumulate(driver, student, rows)
         assert not gradients["lm_head.weight"][97:].any()
-        results.append((loss, {name: value[:97] if "lm_head" in name or "embed" in name else value for name, value in gradients.items()}))
+        results.append(
+            (loss, {name: value[:97] if "lm_head" in name or "embed" in name else value for name, value in gradients.items()})
+        )
     same(results[1], results[0])
     same(results[2], results[0])
 

@@ -89,9 +89,7 @@ def test_frozen_weights_have_neither_gradients_nor_state(tmp_path):
 
 
 def test_activations_grow_with_the_batch_and_the_length(tmp_path):
-    base, more_rows, longer = (
-        predicted(tmp_path, rows=rows, length=length) for rows, length in ((4, 64), (8, 64), (4, 128))
-    )
+    base, more_rows, longer = (predicted(tmp_path, rows=rows, length=length) for rows, length in ((4, 64), (8, 64), (4, 128)))
     assert base.activations < more_rows.activations
     assert base.activations < longer.activations
     assert base.optimizer == more_rows.optimizer == longer.optimizer

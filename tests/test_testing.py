@@ -385,8 +385,8 @@ class Stateful(Quantizer):
         (check_quantizer, NewKeys, "quantizer NewKeys: preparation: prepare changed state-dict keys"),
         (check_quantizer, Frozen, r"preparation: parameters without a finite gradient: \['lm_head.weight'\]"),
         (check_quantizer, Stateful, "progress: step 2 after other steps is another model"),
-        (check_evaluator, Frozen, "evaluator Frozen: metrics: it is not an Evaluator"),
-        (check_logger, Frozen, "logger Frozen: a run: it is not a Logger"),
+        (check_evaluator, Frozen, "evaluator Frozen: numbers: it is not an Evaluator"),
+        (check_logger, Frozen, "logger Frozen: run: it is not a Logger"),
     ],
 )
 def test_broken_components_of_other_kinds(check: Callable[..., Any], factory: Any, seen: str) -> None:

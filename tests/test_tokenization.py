@@ -1,4 +1,4 @@
-"""Text to tokens and labels: plain text, prompt and completion, chat; what is supervised, what is cut, and what a cache key tells apart."""
+"""Text to tokens and labels: plain text, completions, chat; what is supervised, what is cut, what a cache key tells apart."""
 
 from __future__ import annotations
 
@@ -319,7 +319,9 @@ def test_the_same_tokenizer_has_one_fingerprint() -> None:
         lambda: tokenizer(CHAT),
         without_last_merge,
         lambda: changed_backend("normalizer", {"type": "Lowercase"}),
-        lambda: changed_backend("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),
+        lambda: changed_backend(
+            "pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+        ),
         with_special_tokens_split,
         with_added_token,
         Characters,

@@ -6,10 +6,9 @@ import torch
 import transformers
 
 from distily.data import Collator
-from distily.driver import Driver
+from distily.driver import Driver, local_teacher
 from distily.plugins import Plugins, load
 from distily.spec import parse_component
-from distily.teachers import LocalTeacher
 from distily.terms import build_terms
 
 VOCABULARY = 97
@@ -28,7 +27,9 @@ SHAPES = {
 }  # fmt: skip
 
 
-def model(architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: object) -> transformers.PreTrainedModel:
+def model(
+    architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: object
+) -> transformers.PreTrainedModel:
     """A random model of an architecture; weights large enough that logits differ between tokens."""
     name, values = SHAPES[architecture]
     torch.manual_seed(seed)
@@ -61,14 +62,13 @@ def plugins() -> Plugins:
     return _plugins[0]
 
 
-def driver(student: object, teacher: object | None, *specs: str, chunk_rows: int = 5, vocabulary: int = VOCABULARY, **options: object) -> Driver:
+def driver(
+    student: object, teacher: object | None, *specs: str, chunk_rows: int = 5, vocabulary: int = VOCABULARY, **options: object
+) -> Driver:
     """A driver for objective specs, attached to the student."""
     components = [parse_component(spec, "objectives") for spec in specs]
     terms = build_terms(components, plugins(), student, teacher, seed=0)
-    wanted = [feature for term in terms.values() for feature in term.teacher_features]
-    needed = any(term.description.needs_teacher for term in terms.values())
-    source = LocalTeacher(teacher, vocabulary, wanted) if needed else None
-    built = Driver(terms, source, vocabulary, chunk_rows, **options)
+    built = Driver(terms, local_teacher(teacher, terms, vocabulary), vocabulary, chunk_rows, **options)
     built.attach(student)
     return built
 
@@ -78,7 +78,9 @@ def items(batches: list[dict]) -> int:
     return sum(int((batch["shift_labels"] != -100).sum()) for batch in batches)
 
 
-def accumulate(built: Driver, network: object, batches: list[dict], progress: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def accumulate(
+    built: Driver, network: object, batches: list[dict], progress: float = 0.0
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of one optimizer step over micro-batches."""
     network.zero_grad()
     total, count = 0.0, items(batches)

@@ -84,8 +84,12 @@ def test_reverse_is_forward_with_the_arguments_exchanged_and_jsd_is_bounded_by_l
 
 def test_normalised_jsd_reaches_both_kl_divergences_at_its_ends():
     student, teacher = rows(5, spread=0.5)
-    torch.testing.assert_close(jsd(student, teacher, beta=1e-7, normalize=True), forward_kl(student, teacher), rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(jsd(student, teacher, beta=1 - 1e-7, normalize=True), reverse_kl(student, teacher), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        jsd(student, teacher, beta=1e-7, normalize=True), forward_kl(student, teacher), rtol=1e-5, atol=1e-8
+    )
+    torch.testing.assert_close(
+        jsd(student, teacher, beta=1 - 1e-7, normalize=True), reverse_kl(student, teacher), rtol=1e-5, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

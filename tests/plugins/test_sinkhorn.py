@@ -142,9 +142,7 @@ class TestEquality:
         """The caution of the docstring: the teacher's rows in another order are a perfect score."""
         teacher = logits(9, 13)
         student = teacher.roll(1, 0)
-        divergence = torch.nn.functional.kl_div(
-            student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean"
-        )
+        divergence = torch.nn.functional.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
         assert divergence > 1
         assert abs(value(student, teacher, **CONVERGED)) < 1e-9
 
@@ -153,9 +151,7 @@ class TestAgainstSolvers:
     @pytest.mark.parametrize("epsilon", [0.05, 0.1, 0.5])
     def test_plan_cost_is_pot_sinkhorn2(self, epsilon: float) -> None:
         student, teacher = pair()
-        expected = ot.sinkhorn2(
-            [], [], l1(student, teacher), epsilon, numItermax=3000, stopThr=1e-14
-        )
+        expected = ot.sinkhorn2([], [], l1(student, teacher), epsilon, numItermax=3000, stopThr=1e-14)
         got = value(student, teacher, value="plan_cost", epsilon=epsilon, **CONVERGED)
         assert got == pytest.approx(float(expected), rel=1e-9)
 
@@ -355,9 +351,7 @@ class TestNumbers:
     def test_the_costs_of_a_large_vocabulary_in_float32(self) -> None:
         student, teacher = pair(rows=3, vocabulary=150_000)
         expected = value(student, teacher, value="plan_cost")
-        assert value(student.float(), teacher.float(), value="plan_cost") == pytest.approx(
-            expected, abs=2e-6
-        )
+        assert value(student.float(), teacher.float(), value="plan_cost") == pytest.approx(expected, abs=2e-6)
 
 
 class Watch(TorchDispatchMode):
@@ -387,9 +381,7 @@ class TestResources:
             gradient(student, teacher, value=kind, iterations=2)
         assert max(watch.largest.values()) <= max(3 * rows * rows, rows * vocabulary)
 
-    def test_scratch_is_bounded_and_its_size_changes_nothing(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_scratch_is_bounded_and_its_size_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         student, teacher = pair(6, 40)
         expected = value(student, teacher), gradient(student, teacher)
         for elements in (1, 30, 100):
