@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from distily.checkpoints import MANIFEST, folders, is_whole, step_of
 from distily.cli import main
 
-SPREAD = 16
+SPREAD = 12
 RESUMED = 4
 """Every fourth of the runs that failed is gone on with."""
 FULL = "No space left on device"
@@ -118,6 +118,15 @@ class Runs:
 
     def run(self, folder: Path, *more: str) -> Result:
         return CliRunner().invoke(main, self.arguments(folder, *more))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small a model only waits for a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
