@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench kill docs clean
+.PHONY: demo test lint bench kill clean
 
 demo: $(VENV)/installed
 	$(BIN)/distily demo
@@ -20,9 +20,6 @@ bench: $(VENV)/installed
 
 kill: $(VENV)/installed
 	$(BIN)/python benchmarks/kill_test.py
-
-docs: $(VENV)/installed
-	$(BIN)/python docs/generate.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -39,6 +39,7 @@ OURS = {
     "do_predict": "evaluators",
     "disable_tqdm": "loggers",
     "label_smoothing_factor": "objectives",
+    "save_only_model": "--resume; checkpoints hold all that an exact one needs",
     "local_rank": "--gpus or torchrun",
 }
 Positive, Count = Annotated[int, Between(1)], Annotated[int, Between(0)]

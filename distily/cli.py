@@ -34,7 +34,24 @@ DEMO_CONFIG = Path(__file__).parent / "demo" / "demo.yaml"
 
 
 class Group(click.Group):
-    """A group that guesses a misspelt command."""
+    """A group that guesses a misspelt command and reports wrong usage in one line."""
+
+    def main(self, *arguments: Any, standalone_mode: bool = True, **keywords: Any) -> Any:
+        """click's own, with its usage errors as one line and exit code 2."""
+        if not standalone_mode:
+            return super().main(*arguments, standalone_mode=False, **keywords)
+        try:
+            result = super().main(*arguments, standalone_mode=False, **keywords)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            click.echo(f"distily: {' '.join(error.format_message().split())}", err=True)
+            sys.exit(error.exit_code)
+        except click.Abort:
+            click.echo("distily: interrupted.", err=True)
+            sys.exit(130)
+        sys.exit(result if isinstance(result, int) else 0)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         known = self.list_commands(ctx)

@@ -143,6 +143,10 @@ class MetricsFile(TrainerCallback):
         for logger in self.loggers:
             logger.start(self.config, state.max_steps)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps are logged too, whatever logging_steps is
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return

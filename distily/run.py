@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -26,7 +25,7 @@ from distily.export import export_student
 from distily.files import write_json
 from distily.plugins import Plugins
 from distily.plugins import load as load_plugins
-from distily.record import Metrics, MetricsFile, RunRecord, check_folder, is_main_process, open_folder
+from distily.record import Metrics, MetricsFile, RunRecord, check_folder, is_main_process, open_folder, read_metrics
 from distily.report import write_report
 from distily.spec import Component
 from distily.trainer import DistillationTrainer
@@ -113,14 +112,13 @@ def train(
     trainer.remove_callback(PrinterCallback)  # loggers print
     with PartialState().main_process_first():
         newest = newest_whole(folder)
-    began = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(stop)
         for logger in loggers:
             stack.callback(logger.finish)
         stack.enter_context(suppress(TrainedAlready))
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
+    if stop.stopped:
         raise Interrupted(f"interrupted at step {trainer.state.global_step}; a checkpoint is written, go on with --resume.")
     if quantizer is not None:
         quantizer.on_progress(student, trainer.state.max_steps, trainer.state.max_steps)
@@ -128,7 +126,7 @@ def train(
     trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
     if record is not None:
         record.steps = trainer.state.global_step
-        record.train_seconds += time.perf_counter() - began
+        record.train_seconds = sum(row.get("train_seconds", 0.0) for row in read_metrics(folder / "metrics.jsonl"))
 
 
 def _control(parts: Assembly, record: RunRecord, say: Say) -> Metrics:

@@ -323,7 +323,7 @@ def training(world: SimpleNamespace, text: str = "", output_dir: str = "out") ->
 
 
 def lines_of(result: Result) -> list[str]:
-    return [line for line in result.stderr.splitlines() if line.startswith(("distily: ", "Error: "))]
+    return [line for line in result.stderr.splitlines() if line.startswith("distily: ")]
 
 
 def check_refused(world: SimpleNamespace, result: Result, fragments: tuple[str, ...], where: Path, count: int = 1) -> None:
