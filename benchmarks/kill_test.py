@@ -485,9 +485,7 @@ def write(path: Path, test: Test, arguments: argparse.Namespace, seconds: float)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", type=int, default=20, help="kills at random instants, each of a new run")
-    parser.add_argument(
-        "--lives", type=int, default=8, help="kills of the one run that is killed again and again"
-    )
+    parser.add_argument("--lives", type=int, default=8, help="kills of the one run that is killed again and again")
     parser.add_argument("--seed", type=int, default=0, help="seed of the instants")
     parser.add_argument("--only", action="append", metavar="TEXT", help="only places whose name contains TEXT; may be repeated")
     parser.add_argument("--out", type=Path, help="Markdown file for the results")

@@ -28,7 +28,10 @@ def pairs(data: Path | None) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {
         "demo": {
             "teacher": "demo",
-            "student": {"config": {"num_hidden_layers": 2, "intermediate_size": 320}, "copy": ["model.embed_tokens", "model.norm"]},
+            "student": {
+                "config": {"num_hidden_layers": 2, "intermediate_size": 320},
+                "copy": ["model.embed_tokens", "model.norm"],
+            },
             "data": {"dataset": "demo", "max_length": 256},
         }
     }
@@ -41,7 +44,11 @@ def pairs(data: Path | None) -> dict[str, dict[str, Any]]:
             "append_eos": False,
         }
         for name, layers in (("stories260K", 2), ("TinyStories-656K", 1)):
-            found[name] = {"teacher": str(data / "models" / name), "student": {"config": {"num_hidden_layers": layers}}, "data": stories}
+            found[name] = {
+                "teacher": str(data / "models" / name),
+                "student": {"config": {"num_hidden_layers": layers}},
+                "data": stories,
+            }
     return found
 
 

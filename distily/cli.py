@@ -36,8 +36,8 @@ DEMO_CONFIG = Path(__file__).parent / "demo" / "demo.yaml"
 class Group(click.Group):
     """A group that guesses a misspelt command and reports wrong usage in one line."""
 
-    def main(self, *arguments: Any, standalone_mode: bool = True, **keywords: Any) -> Any:
-        """click's own, with its usage errors as one line and exit code 2."""
+    def main(self, *arguments: Any, standalone_mode: bool = True, **keywords: Any) -> Any:  # type: ignore[override]
+        """Click's own, with its usage errors as one line and exit code 2."""
         if not standalone_mode:
             return super().main(*arguments, standalone_mode=False, **keywords)
         try:

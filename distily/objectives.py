@@ -67,9 +67,7 @@ def _describe(granularity: Granularity, target: Any, **facts: Any) -> Any:
     own_temperature = "temperature" in inspect.signature(target).parameters
     if own_temperature or "logits" not in on:
         facts["temperature_scale"] = None
-    target.description = Description(
-        granularity, inputs=inputs, own_temperature=own_temperature, **facts
-    )
+    target.description = Description(granularity, inputs=inputs, own_temperature=own_temperature, **facts)
     return target
 
 
