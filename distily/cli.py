@@ -36,12 +36,13 @@ DEMO_CONFIG = Path(__file__).parent / "demo" / "demo.yaml"
 class Group(click.Group):
     """A group that guesses a misspelt command and reports wrong usage in one line."""
 
-    def main(self, *arguments: Any, standalone_mode: bool = True, **keywords: Any) -> Any:  # type: ignore[override]
+    def main(self, *arguments: Any, standalone_mode: bool = True, **keywords: Any) -> Any:
         """Click's own, with its usage errors as one line and exit code 2."""
+        run: Callable[..., Any] = super().main
         if not standalone_mode:
-            return super().main(*arguments, standalone_mode=False, **keywords)
+            return run(*arguments, standalone_mode=False, **keywords)
         try:
-            result = super().main(*arguments, standalone_mode=False, **keywords)
+            result = run(*arguments, standalone_mode=False, **keywords)
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(error.exit_code)
