@@ -1,4 +1,4 @@
-"""Build hook: the wheel carries the commit that it was built from, so that every run can name it."""
+"""Build hook: wheel and sdist carry the commit that they were built from, so that every run can name it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class CommitHook(BuildHookInterface):
-    """Adds ``distily/COMMIT`` to a wheel built in a git checkout; an editable install asks git itself."""
+    """Adds ``distily/COMMIT`` in a git checkout; an sdist has it already, and an editable install asks git itself."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        if version == "editable":
+        if version == "editable" or (Path(self.root) / "distily" / "COMMIT").is_file():
             return
         command = ["git", "-C", self.root, "rev-parse", "HEAD"]
         try:
