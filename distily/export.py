@@ -25,6 +25,8 @@ def export_student(student: Any, tokenizer: Any, quantizer: Any | None, folder: 
         tokenizer.save_pretrained(partial)
         for name, text in extra.items():
             write_text(partial / name, text)
+        for weights in partial.glob("*.safetensors"):  # safetensors keeps them from other users; a student is to be shared
+            weights.chmod((partial / "config.json").stat().st_mode)
 
 
 def _save_quantized(student: Any, quantizer: Any, partial: Path) -> None:

@@ -32,7 +32,7 @@ def pair(teacher_width: int = 48) -> tuple[torch.nn.Module, torch.nn.Module]:
     return tiny.model(seed=1), tiny.model(seed=2, hidden_size=teacher_width, num_hidden_layers=3)
 
 
-def same(first: tuple, second: tuple) -> None:
+def assert_same(first: tuple, second: tuple) -> None:
     assert tiny.distance(first[0], second[0]) <= TOLERANCE
     assert tiny.distance(first[1], second[1]) <= TOLERANCE
 
@@ -46,8 +46,8 @@ def test_eight_by_one_is_two_by_four_is_one_by_eight(specs):
         tiny.accumulate(driver, student, [tiny.collate(rows[start : start + size]) for start in range(0, 8, size)])
         for size in (8, 4, 1)
     ]
-    same(results[1], results[0])
-    same(results[2], results[0])
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
 
 
 @pytest.mark.parametrize("specs", ALL.values(), ids=ALL)
@@ -56,7 +56,7 @@ def test_packed_is_unpacked(specs):
     driver = tiny.driver(student, teacher, *specs)
     rows = tiny.documents(6)
     packed = [tiny.collate([rows[:3], rows[3:]], packed=True)]
-    same(tiny.accumulate(driver, student, packed), tiny.accumulate(driver, student, [tiny.collate(rows)]))
+    assert_same(tiny.accumulate(driver, student, packed), tiny.accumulate(driver, student, [tiny.collate(rows)]))
 
 
 @pytest.mark.parametrize("specs", ALL.values(), ids=ALL)
@@ -65,7 +65,7 @@ def test_padding_changes_nothing(specs):
     driver = tiny.driver(student, teacher, *specs)
     rows = tiny.documents(4)
     longer = tiny.collate([*rows, {"input_ids": [1] * 30, "labels": [-100] * 30}])
-    same(tiny.accumulate(driver, student, [longer]), tiny.accumulate(driver, student, [tiny.collate(rows)]))
+    assert_same(tiny.accumulate(driver, student, [longer]), tiny.accumulate(driver, student, [tiny.collate(rows)]))
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 64])
@@ -75,7 +75,7 @@ def test_chunked_is_whole(specs, chunk_rows):
     batch = [tiny.collate(tiny.documents(4))]
     other = copy.deepcopy(student)
     whole = tiny.accumulate(tiny.driver(other, teacher, *specs, chunk_rows=10_000), other, batch)
-    same(tiny.accumulate(tiny.driver(student, teacher, *specs, chunk_rows=chunk_rows), student, batch), whole)
+    assert_same(tiny.accumulate(tiny.driver(student, teacher, *specs, chunk_rows=chunk_rows), student, batch), whole)
 
 
 @pytest.mark.parametrize("specs", ALL.values(), ids=ALL)
@@ -87,7 +87,7 @@ def test_checkpointing_on_is_off(specs):
     off = tiny.accumulate(driver, student, batch)
     student.gradient_checkpointing_enable({"use_reentrant": False})
     on = tiny.accumulate(driver, student, batch)
-    same(on, off)
+    assert_same(on, off)
 
 
 def test_vocabularies_padded_to_different_sizes_are_cut_to_the_real_one():
@@ -104,8 +104,8 @@ def test_vocabularies_padded_to_different_sizes_are_cut_to_the_real_one():
         results.append(
             (loss, {name: value[:97] if "lm_head" in name or "embed" in name else value for name, value in gradients.items()})
         )
-    same(results[1], results[0])
-    same(results[2], results[0])
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
 
 
 @pytest.mark.parametrize("specs", ALL.values(), ids=ALL)
@@ -189,4 +189,4 @@ def test_one_process_is_two_ranks(kind, specs, tmp_path):
     result = tmp_path / "gradients.pickle"
     port = 20_000 + os.getpid() % 20_000 + len(kind) + len(specs)
     multiprocessing.spawn(_rank, (2, kind, specs, port, str(result)), nprocs=2)
-    same(pickle.loads(result.read_bytes()), single)
+    assert_same(pickle.loads(result.read_bytes()), single)

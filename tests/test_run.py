@@ -61,6 +61,7 @@ def test_the_run_folder_holds_what_it_should(finished):
         "comparison.svg",
     }
     assert not list(folder.rglob("*.partial"))
+    assert len({file.stat().st_mode for file in (folder / "student").iterdir()}) == 1, "all of the student is as readable"
 
 
 def test_the_student_is_a_plain_hugging_face_folder_without_a_trace_of_the_objectives(finished):
