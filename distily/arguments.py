@@ -106,7 +106,7 @@ def training_arguments(
 
     check_train(config.train)
     chosen = {**DEFAULTS, **config.train, **overrides}
-    # YAML 1.1 reads a bare no as false
+    # a mapping from a YAML 1.1 reader has false for a bare no
     chosen |= {key: "no" for key, value in chosen.items() if value is False and key.endswith("_strategy")}
     old, new = "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"
     checkpointing = dict(chosen.pop(new, None) or chosen.pop(old, None) or {})

@@ -37,7 +37,6 @@ class Assembly:
     tokenizer: Any
     teacher: Any
     vocabulary: int
-    max_length: int
     data: data.PreparedData
     evaluators: Mapping[str, Evaluator]
     loggers: list[Logger]
@@ -89,9 +88,7 @@ def assemble(config: RunConfig, plugins: Plugins) -> Assembly:
     batch_size = int(config.train.get("per_device_eval_batch_size", 8))
     heldout = HeldOut(prepared.heldout, prepared.heldout_collator, teacher, vocabulary, batch_size, mixed)
     context = EvaluationContext(tokenizer, heldout.token_means, True, batch_size, config.output_dir)
-    parts = Assembly(
-        config, plugins, device, tokenizer, teacher, vocabulary, length, prepared, evaluators, loggers, context, mixed
-    )
+    parts = Assembly(config, plugins, device, tokenizer, teacher, vocabulary, prepared, evaluators, loggers, context, mixed)
     _probe(parts, student.to(device))
     _check_disk(config, student)
     return parts

@@ -59,6 +59,11 @@ def supervise(batch: Mapping[str, Any]) -> Supervision:
     )
 
 
+def pick(inputs: Mapping[str, Any], rows: slice | Tensor) -> dict[str, Any]:
+    """The objectives' inputs at some rows; what is not a tensor of rows stays as it is."""
+    return {name: value[rows] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
 def shift(labels: Tensor) -> Tensor:
     """``labels`` (B, S) moved one to the left: entry i is the token after position i, the last is ignored."""
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)

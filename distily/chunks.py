@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from distily.batch import pick
 from distily.errors import DistilyError
 from distily.heads import OutputHead, upcast
 from distily.teachers import LogitSource
@@ -58,7 +59,7 @@ class ChunkWalk:
         teacher = None
         if self.source is not None and any(term.description.needs_teacher for term in piece.terms):
             teacher = self.source.chunk(piece.rows).to(logits.dtype)
-        inputs = {key: value[piece.rows] if isinstance(value, Tensor) else value for key, value in self.inputs.items()}
+        inputs = pick(self.inputs, piece.rows)
         share = piece.share / self.items.to(logits.dtype)
         sums = {term.key: term.values(logits, teacher, inputs).sum() * share for term in piece.terms}
         zero = logits.new_zeros(())

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from distily.batch import Supervision, model_inputs, supervise
+from distily.batch import Supervision, model_inputs, pick, supervise
 from distily.chunks import ChunkWalk, Piece, chunked_loss
 from distily.errors import DistilyError
 from distily.features import Feature, FeatureCapture
@@ -237,11 +237,6 @@ def _finish(student: nn.Module, arguments: Any, output: Any) -> Any:
     step.driver._feature_terms(step)
     output["loss"] = step.loss
     return output
-
-
-def pick(inputs: Mapping[str, Any], rows: slice | Tensor) -> dict[str, Any]:
-    """The objectives' inputs at some rows; what is not a tensor of rows stays as it is."""
-    return {name: value[rows] if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def default_chunk_rows(vocabulary: int) -> int:

@@ -68,7 +68,9 @@ def parse_component(value: Any, key: str) -> Component:
     if isinstance(value, Component):
         return value
     if isinstance(value, Mapping):
-        options = {"on" if option is True else option: item for option, item in value.items()}  # YAML 1.1 reads on as true
+        options = {
+            "on" if option is True else option: item for option, item in value.items()
+        }  # a mapping from another reader, of YAML 1.1
         name = options.pop("name", None)
         if not isinstance(name, str) or not name:
             raise DistilyError(f"{key}: {dict(value)!r} has no name; allowed: {{name: …, option: …}}.")
