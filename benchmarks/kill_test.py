@@ -48,7 +48,9 @@ CONFIG: dict[str, Any] = {
     "objectives": [
         "forward_kl",
         {"name": "cosine", "mapper": {"name": "last_k", "k": 1}, "projector": {"name": "linear", "bias": True}, "weight": 0.5},
+        {"name": "adaptive_target", "weight": 0.5},
     ],
+    "combiner": {"name": "gradient_weighted"},
     "control": True,
     "train": {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": STEPS, "save_steps": SAVE,
@@ -56,7 +58,8 @@ CONFIG: dict[str, Any] = {
         "lr_scheduler_type": "inverse_sqrt", "warmup_steps": 2,
     },
 }  # fmt: skip
-"""An epoch and a half with dropout, accumulation, a projector and a rate that never is zero: whatever a resume loses shows."""
+"""An epoch and a half with dropout, accumulation, a projector, a target and a combiner that adapt, and a rate that never is zero: whatever
+a resume loses shows."""
 
 
 TRAINER = "transformers:Trainer"

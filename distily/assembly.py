@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from transformers import Trainer
 
 from distily import data, models, probes
 from distily.arguments import kept_checkpoints, training_arguments
+from distily.calibration import calibrate
 from distily.config import RunConfig
 from distily.driver import Driver, local_teacher
 from distily.errors import DistilyError
 from distily.evaluation import EvaluationContext, Evaluator
 from distily.heldout import HeldOut
 from distily.loggers import Logger
+from distily.meetings import combination
 from distily.plugins import Plugins
 from distily.spec import Component
 from distily.terms import build_terms
@@ -55,9 +58,20 @@ class Assembly:
         """A driver for ``objectives``, attached to the student. Without an objective that needs one, no teacher runs."""
         terms = build_terms(objectives, self.plugins, student, self.teacher, self.config.seed)
         teacher = local_teacher(self.teacher, terms, self.vocabulary)
-        driver = Driver(terms, teacher, self.vocabulary, self.config.loss.chunk_rows, self.config.seed)
+        combiner = self.config.combiner if objectives == self.config.objectives else None
+        rows, seed = self.config.loss.chunk_rows, self.config.seed
+        driver = Driver(terms, teacher, self.vocabulary, rows, seed, combination=combination(combiner, self.plugins))
         driver.attach(student)
+        calibrate(driver, self._calibration_batches())
         return driver
+
+    def _calibration_batches(self) -> Iterator[dict[str, Any]]:
+        """Training text in its own order, the same on every rank."""
+        size = int(self.config.train.get("per_device_train_batch_size", 8))
+        rows = iter(self.data.train)
+        while batch := list(islice(rows, size)):
+            collated = self.data.collator(batch)
+            yield {key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in collated.items()}
 
 
 def assemble(config: RunConfig, plugins: Plugins) -> Assembly:

@@ -59,6 +59,24 @@ def supervise(batch: Mapping[str, Any]) -> Supervision:
     )
 
 
+def row_seeds(supervision: Supervision, seed: int) -> Tensor:
+    """A number for each supervised token from the seed, its document so far and nothing else, int64 ``(N,)``.
+
+    So a token draws the same numbers wherever its document lies in the batch.
+    """
+    steps = torch.arange(supervision.labels.numel(), device=supervision.labels.device)
+    starts = torch.tensor([0, *supervision.lengths], dtype=torch.long).cumsum(0)[:-1].to(steps.device, non_blocking=True)
+    places = steps - starts[supervision.sequence_ids]
+    mixed = (supervision.labels + 1) * _ODD[0] + (supervision.input_ids + 1) * _ODD[1] + (places + 1) * _ODD[2]
+    sums = ((mixed ^ (mixed >> 29)) * _ODD[3]).cumsum(0)
+    before = torch.nn.functional.pad(sums, (1, 0))[starts[supervision.sequence_ids]]
+    return sums - before + torch.full_like(sums, seed) * _ODD[4]
+
+
+_ODD = (-7046029254386353131, -4417276706812531889, 1609587929392839161, -2960836687740460243, 7776592185894410173)
+"""Odd 64-bit constants, with which wrapping products scatter."""
+
+
 def pick(inputs: Mapping[str, Any], rows: slice | Tensor) -> dict[str, Any]:
     """The objectives' inputs at some rows; what is not a tensor of rows stays as it is."""
     return {name: value[rows] if isinstance(value, Tensor) else value for name, value in inputs.items()}

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from distily.batch import pick
 from distily.errors import DistilyError
 from distily.heads import OutputHead, upcast
+from distily.meetings import Meeting
+from distily.state import once_observed
 from distily.teachers import LogitSource
 from distily.terms import Term
 
@@ -38,11 +40,12 @@ class ChunkWalk:
     source: LogitSource | None
     pieces: Sequence[Piece]
     inputs: Mapping[str, Any]
-    weights: Mapping[str, float]
+    weights: Mapping[str, float | Tensor]
     items: Tensor
     vocabulary: int
     compute_dtype: torch.dtype
     term_gradients: bool = False
+    meeting: Meeting | None = None
     parameters: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -66,15 +69,20 @@ class ChunkWalk:
         return torch.stack([sums.get(key, zero).to(logits.dtype) for key in self.keys])
 
     def weighted(self, sums: Tensor) -> Tensor:
-        """Σ weight · term, ``(K,) -> ()``."""
-        parts = [sums[place] * weight for place, weight in enumerate(self.weights.values())]
-        return torch.stack(parts).sum()
+        """Σ weight · term, with the coefficients that a meeting holds for this step: ``(K,) -> ()``."""
+        parts = torch.stack([sums[place] * weight for place, weight in enumerate(self.weights.values())])
+        return parts.sum() if self.meeting is None else (parts * self.meeting.current.to(parts.dtype)).sum()
+
+    def met(self, per_term: Sequence[Tensor]) -> Tensor:
+        """The gradients of single terms, weighted and combined where they meet: K times ``(N, H)`` to ``(N, H)``."""
+        assert self.meeting is not None
+        return self.meeting.combine([own * weight for own, weight in zip(per_term, self.weights.values(), strict=True)])
 
 
 def chunked_loss(walk: ChunkWalk, rows: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The weighted sum of the logit terms on hidden rows ``(N, H)``: ``(loss, each term's Σ ÷ N, each term's gradient at rows)``."""
     if not walk.head.is_linear:
-        if walk.term_gradients:
+        if walk.term_gradients or walk.meeting is not None:
             raise DistilyError(f"a head of type {type(walk.head.module).__name__} gives no gradients of single terms.")
         loss, sums = _by_checkpoint(walk, rows)
         return loss, dict(zip(walk.keys, sums.detach(), strict=True)), {}
@@ -96,7 +104,7 @@ def _by_checkpoint(walk: ChunkWalk, rows: Tensor) -> tuple[Tensor, Tensor]:
 
     sums = upcast(rows.new_zeros(len(walk.keys)))
     for piece in walk.pieces:
-        sums = sums + checkpoint(piece_sums, rows[piece.rows], piece, use_reentrant=False)
+        sums = sums + checkpoint(once_observed(piece_sums, piece.terms), rows[piece.rows], piece, use_reentrant=False)
     return walk.weighted(sums) + upcast(rows.sum()) * 0.0, sums
 
 
@@ -112,10 +120,13 @@ class _ChunkedLinear(torch.autograd.Function):
         x = rows.detach().to(walk.compute_dtype)
         w = weight.detach().to(walk.compute_dtype)
         b = None if bias is None else bias.detach().to(walk.compute_dtype)
-        per_term = [torch.zeros_like(upcast(x)) for _ in walk.keys] if walk.term_gradients and needed[0] else []
+        apart = (walk.term_gradients or walk.meeting is not None) and needed[0]
+        per_term = [torch.zeros_like(upcast(x)) for _ in walk.keys] if apart else []
         sums = upcast(x).new_zeros(len(walk.keys))
         for piece in walk.pieces:
             sums += _piece(walk, piece, x, w, b, sinks, per_term)
+        if walk.meeting is not None and sinks[0] is not None:
+            sinks[0].copy_(walk.met(per_term))
         ctx.save_for_backward(*(sink for sink in sinks if sink is not None))
         ctx.wanted = wanted
         ctx.dtypes = [None if value is None else value.dtype for value in inputs]
@@ -147,13 +158,16 @@ def _piece(
         raw.requires_grad_()
         sums = walk.terms(piece, raw)
         total = walk.weighted(sums)
+        present = {term.key for term in piece.terms}
         for place, term_sink in enumerate(per_term):
+            if walk.keys[place] not in present:
+                continue
             (own,) = torch.autograd.grad(sums[place], raw, retain_graph=True, allow_unused=True, materialize_grads=True)
             _accumulate(term_sink, piece.rows, upcast(own.to(w.dtype) @ w))
         at_logits, *at_parameters = torch.autograd.grad(total, [raw, *walk.parameters], allow_unused=True, materialize_grads=True)
     at_rows, at_weight, at_bias, *at_learned = sinks
     gradient = at_logits.to(w.dtype)
-    if at_rows is not None:
+    if at_rows is not None and walk.meeting is None:
         _accumulate(at_rows, piece.rows, gradient @ w)
     if at_weight is not None:
         if at_weight.dtype == gradient.dtype:

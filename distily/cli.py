@@ -6,18 +6,15 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import distily
-from distily.errors import DistilyError, nearest
+from distily.errors import DistilyError
+from distily.terminal import Group, reported
 
 if TYPE_CHECKING:
     from distily.record import RunRecord
@@ -31,77 +28,6 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 DEMO_CONFIG = Path(__file__).parent / "demo" / "demo.yaml"
-
-
-class Group(click.Group):
-    """A group that guesses a misspelt command and reports wrong usage in one line."""
-
-    def main(self, *arguments: Any, standalone_mode: bool = True, **keywords: Any) -> Any:
-        """Click's own, with its usage errors as one line and exit code 2."""
-        run: Callable[..., Any] = super().main
-        if not standalone_mode:
-            return run(*arguments, standalone_mode=False, **keywords)
-        try:
-            result = run(*arguments, standalone_mode=False, **keywords)
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            sys.exit(error.exit_code)
-        except click.ClickException as error:
-            click.echo(f"distily: {' '.join(error.format_message().split())}", err=True)
-            sys.exit(error.exit_code)
-        except click.Abort:
-            click.echo("distily: interrupted.", err=True)
-            sys.exit(130)
-        sys.exit(result if isinstance(result, int) else 0)
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        known = self.list_commands(ctx)
-        if args and args[0] not in known and not args[0].startswith("-"):
-            close = nearest(args[0], known)
-            guess = f"; did you mean {close!r}?" if close else "."
-            raise click.UsageError(f"command {args[0]!r} is unknown{guess} Allowed: {', '.join(known)}.")
-        return super().resolve_command(ctx, args)
-
-
-def reported(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Errors as the exit codes promise: the user's input 2, ours or the machine's 1, an interrupt 130; one line each."""
-
-    @wraps(command)
-    @click.pass_context
-    def run(context: click.Context, *arguments: Any, **keywords: Any) -> Any:
-        debug = context.find_root().params.get("debug", False)
-        try:
-            return command(*arguments, **keywords)
-        except DistilyError as error:
-            if debug:
-                raise
-            for line in str(error).splitlines():
-                click.echo(f"distily: {line}", err=True)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("distily: interrupted.", err=True)
-            sys.exit(130)
-        except click.ClickException:
-            raise
-        except Exception as error:
-            if debug:
-                raise
-            reason = " ".join(str(error).split())[:300] or "no message"
-            click.echo(f"distily: {type(error).__name__}: {reason} (traceback: {_write_traceback()})", err=True)
-            sys.exit(1)
-
-    return run
-
-
-def _write_traceback() -> str:
-    """Where the traceback of the current exception was put."""
-    try:
-        descriptor, name = tempfile.mkstemp(prefix="distily-", suffix=".log")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            traceback.print_exc(file=stream)
-        return name
-    except OSError:
-        return "not written, run again with --debug"
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -125,6 +51,7 @@ def main(debug: bool) -> None:
 @click.option(
     "--objective", multiple=True, metavar="SPEC", help='Term of the loss, such as "cosine:mapper=last_k(k=2),weight=0.3".'
 )
+@click.option("--combiner", metavar="SPEC", help="How the terms are combined where they meet, such as gradient_weighted.")
 @click.option("--quantizer", metavar="SPEC", help="Train the student quantised, such as ternary.")
 @click.option(
     "--evaluator", multiple=True, metavar="SPEC", help="Measurement before and after.  [default: perplexity, agreement]"
@@ -166,17 +93,18 @@ def train(resume: bool, dry_run: bool, gpus: int | None, **words: Any) -> None:
 
 
 def _values(
-    config: Path | None,
-    teacher: str | None,
-    student: str | None,
-    student_config: tuple[str, ...],
-    dataset: str | None,
-    quantizer: str | None,
-    control: bool | None,
-    train_settings: tuple[str, ...],
-    settings: tuple[str, ...],
-    output_dir: str | None,
-    push_to_hub: str | None,
+    config: Path | None = None,
+    teacher: str | None = None,
+    student: str | None = None,
+    student_config: tuple[str, ...] = (),
+    dataset: str | None = None,
+    combiner: str | None = None,
+    quantizer: str | None = None,
+    control: bool | None = None,
+    train_settings: tuple[str, ...] = (),
+    settings: tuple[str, ...] = (),
+    output_dir: str | None = None,
+    push_to_hub: str | None = None,
     **repeated: tuple[str, ...],
 ) -> dict[str, Any]:
     """File and flags as one mapping; with neither teacher nor data named, the demo's shapes and settings come first."""
@@ -187,7 +115,8 @@ def _values(
         key: value for key, value in {"teacher": teacher, "student": student, "data": dataset}.items() if value is not None
     }
     flags |= {"output_dir": output_dir} if output_dir is not None else {}
-    flags |= {"quantizer": quantizer} if quantizer is not None else {}
+    single = {"combiner": combiner, "quantizer": quantizer}
+    flags |= {key: spec for key, spec in single.items() if spec is not None}
     flags |= {"control": control} if control is not None else {}
     flags |= {"push_to_hub": push_to_hub} if push_to_hub is not None else {}
     flags |= {REPEATED[name]: list(specs) for name, specs in repeated.items() if specs}
@@ -273,6 +202,36 @@ def evaluate(model: str, dataset: str, teacher: str | None, evaluator: tuple[str
     click.echo(json.dumps(evaluate_model(model, dataset, teacher, evaluator, settings), indent=2))
 
 
+@main.command("search-layers")
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--teacher", metavar="ID|PATH", help="Teacher: hub id or folder.  [default: the demo's]")
+@click.option("--student", metavar="ID|PATH", help="Student: hub id or folder.  [default: as training would start it]")
+@click.option(
+    "--student-config", multiple=True, metavar="KEY=VALUE", help="Override of the teacher's configuration for the student."
+)
+@click.option("--dataset", metavar="ID|PATH", help="Text: hub id, file or folder.  [default: the demo's]")
+@click.option("--rows", type=click.IntRange(4), default=4096, show_default=True, metavar="N", help="Tokens to compare.")
+@click.option(
+    "--method",
+    type=click.Choice(["monotone", "assignment"]),
+    default="monotone",
+    show_default=True,
+    help="Teacher blocks in rising order, which may repeat; or each at most once, in any order.",
+)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key of the configuration, such as seed=7.")
+@click.option("--output", type=click.Path(path_type=Path), default="layers.json", show_default=True, metavar="FILE")
+@reported
+def search_layers(output: Path, method: str, rows: int, **words: Any) -> None:
+    """Find and save the pairs of blocks that are most alike, for mapper=searched. CONFIG is a YAML file; flags go over it."""
+    from distily.config import resolve
+    from distily.layer_search import search_layers as search
+    from distily.plugins import load
+
+    config = resolve(_values(**words) | {"output_dir": "."})
+    click.echo(search(config, load(), output, method, rows))
+    click.echo(f'\nSaved. To train on these pairs: mapper="searched(file={output})"')
+
+
 @main.group(cls=Group, invoke_without_command=True)
 @click.pass_context
 def plugins(context: click.Context) -> None:
@@ -320,14 +279,17 @@ def check_plugin(name: str) -> None:
 @main.command()
 @click.argument("word", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--markdown", is_flag=True, help="Print the page docs/objectives.md: all that makes a loss.")
 @reported
-def components(word: str | None, as_json: bool) -> None:
-    """Components by kind; WORD is a kind (objectives …) or a name or alias, which prints all about it."""
+def components(word: str | None, as_json: bool, markdown: bool) -> None:
+    """Components by kind. WORD is a kind (objectives …), a name or alias, whose entry is printed, or a word to find."""
+    from distily.catalogue import page
     from distily.listing import component_lines, component_values
     from distily.plugins import load
 
     found = load()
-    click.echo(json.dumps(component_values(found, word), indent=2) if as_json else "\n".join(component_lines(found, word)))
+    text = json.dumps(component_values(found, word), indent=2) if as_json else "\n".join(component_lines(found, word))
+    click.echo(page(found) if markdown else text)
 
 
 @main.command()

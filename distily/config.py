@@ -46,6 +46,9 @@ class StudentConfig:
     """Start from copied teacher blocks or at random; null: teacher blocks where the shapes allow it."""
     layers: list[Positive] | None = None
     """Teacher blocks (1 = first) to copy, one for each student block; null: spread evenly, first and last kept."""
+    embeddings: Literal["copy", "pca", "random"] | None = None
+    """Outside the blocks: the teacher's embedding and head, both reduced to the student's width by principal components (``pca``), or
+    random; null: copied where the shapes allow it, unless ``initialize`` is random."""
     copy: list[str] = field(default_factory=list)
     """Further modules to copy from the teacher by name, such as lm_head."""
     freeze: list[str] = field(default_factory=list)
@@ -117,6 +120,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     objectives: tuple[Component, ...] = (Component("forward_kl"),)
     """Terms of the loss, summed with their weights."""
+    combiner: Component | None = None
+    """How terms are combined where they meet, such as gradient_weighted; null: the weighted sum."""
     quantizer: Component | None = None
     """Trains the student quantised, such as ternary."""
     evaluators: tuple[Component, ...] = (Component("perplexity"), Component("agreement"))

@@ -11,22 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from distily.batch import Supervision, model_inputs, pick, supervise
+from distily.batch import Supervision, model_inputs, row_seeds, supervise
 from distily.chunks import ChunkWalk, Piece, chunked_loss
-from distily.errors import DistilyError
-from distily.features import Feature, FeatureCapture
-from distily.heads import OutputHead, nothing, select
+from distily.errors import DistilyError, RunError
+from distily.feature_terms import FeatureRows, row_sets
+from distily.features import FeatureCapture, Place
+from distily.heads import OutputHead, nothing, select, upcast
+from distily.meetings import Combination, FeatureGradients, Meeting, ValueMeeting, advance
+from distily.readouts import Readout
 from distily.teachers import LocalTeacher, Teacher, TeacherSignals
 from distily.terms import Term
 
 ATTACHED = "distily_objectives"
-"""Name under which the terms' parameters live on the student while it trains."""
+"""Name under which the terms' parameters and the combiner's state live on the student while it trains."""
 
 _steps: WeakKeyDictionary[nn.Module, Step] = WeakKeyDictionary()
 
@@ -36,6 +40,7 @@ class Step:
 
     ``loss`` is Σ weight · term ÷ N with gradient; ``values`` holds each term's own Σ ÷ N, detached;
     ``gradients`` each logit term's gradient at the selected last hidden states ``(n, H)`` when it was asked for.
+    ``observer``: gets the rows in place of the loss, see ``distily.calibration``.
     """
 
     def __init__(
@@ -43,43 +48,60 @@ class Step:
         driver: Driver,
         supervision: Supervision,
         signals: TeacherSignals | None,
-        features: Mapping[Feature, Tensor],
+        tensors: Mapping[Place, Tensor],
         items: Tensor,
         progress: float,
         seed: int,
+        observer: Any = None,
     ) -> None:
         self.driver = driver
         self.supervision = supervision
         self.signals = signals
-        self.features = features
+        self.tensors = tensors
         self.items = items
         self.progress = progress
         self.seed = seed
+        self.observer = observer
         self.loss: Tensor | None = None
+        self.nothing: Tensor | None = None
         self.values: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
+        self.feature_gradients = FeatureGradients(driver.meetings)
         self.head_fired = False
 
-    @property
+    @cached_property
     def inputs(self) -> dict[str, Any]:
         """What objectives may ask for by name."""
         supervision = self.supervision
-        return {
+        inputs = {
             "labels": supervision.labels,
             "input_ids": supervision.input_ids,
             "sequence_ids": supervision.sequence_ids,
             "progress": self.progress,
         }
+        if any("row_seeds" in term.description.inputs for term in self.driver.terms):
+            inputs["row_seeds"] = row_seeds(supervision, self.seed)
+        return inputs
 
     def add(self, loss: Tensor) -> None:
         self.loss = loss if self.loss is None else self.loss + loss
+
+
+class Loss(nn.Module):
+    """What of the loss has parameters or state: the terms, and the meetings of a combiner by place."""
+
+    def __init__(self, terms: nn.ModuleDict) -> None:
+        super().__init__()
+        self.terms = terms
+        self.meetings = nn.ModuleDict()
 
 
 class Driver:
     """Computes the weighted sum of ``terms`` for a student, against a teacher that may be None.
 
     ``vocabulary`` is the tokenizer's real size; padding rows of either head take no part. ``chunk_rows`` bounds the logits that
-    exist at a time. ``term_gradients`` also records every logit term's gradient at the last hidden states.
+    exist at a time. ``term_gradients`` also records every logit term's gradient at the last hidden states. ``combination``: the
+    combiner of the run; without one the weighted sum is differentiated as it is.
     """
 
     def __init__(
@@ -90,36 +112,67 @@ class Driver:
         chunk_rows: int | None = None,
         seed: int = 0,
         term_gradients: bool = False,
+        combination: Combination | None = None,
     ) -> None:
-        self.terms = terms
+        self.terms: list[Term] = [term for term in terms.values() if isinstance(term, Term)]
+        self.loss = Loss(terms)
         self.teacher = teacher
         self.vocabulary = vocabulary
         self.chunk_rows = chunk_rows or default_chunk_rows(vocabulary)
         self.seed = seed
         self.term_gradients = term_gradients
+        self.combination = combination
         self.head: OutputHead | None = None
+        self._steps: list[Step] = []
 
     @property
-    def _all_terms(self) -> list[Term]:
-        return [term for term in self.terms.values() if isinstance(term, Term)]
+    def meetings(self) -> dict[str, Meeting]:
+        """Where gradients meet, by place."""
+        return {name: each for name, each in self.loss.meetings.items() if isinstance(each, Meeting)}
 
-    def weight(self, key: str, progress: float) -> float:
-        """The weight of a term at a share of training done."""
-        return next(term.weight.at(progress) for term in self._all_terms if term.key == key)
+    @property
+    def _value_meeting(self) -> ValueMeeting | None:
+        return next((each for each in self.loss.meetings.values() if isinstance(each, ValueMeeting)), None)
+
+    def weight(self, key: str, progress: float) -> Any:
+        """The weight of a term at a share of training done, with the coefficient of a combiner of values."""
+        place, term = next((place, term) for place, term in enumerate(self.terms) if term.key == key)
+        weight = term.schedule.at(progress)
+        return weight if self._value_meeting is None else weight * self._value_meeting.current[place]
 
     def attach(self, student: Any) -> None:
         """Puts the driver on the student, before anything wraps it. The terms' parameters become the student's."""
+        assert not hasattr(student, ATTACHED), "a driver is attached to this student already"
         self.student = student
         self.head = OutputHead(student)
         if self.head.rows < self.vocabulary:
             raise DistilyError(
                 f"student: its head has {self.head.rows} rows for a tokenizer of {self.vocabulary} tokens; allowed: at least as many."
             )
-        wanted = [feature for term in self._all_terms for feature in term.student_features]
-        self.capture = FeatureCapture(student, wanted)
+        self.capture = FeatureCapture(student, [feature for term in self.terms for feature in term.student_features])
+        lenses = any(term.site == "logit_lens" for term in self.terms)
+        self._readout = Readout(student, self.head, self.vocabulary) if lenses else None
+        self._meet()
         parameter = next(student.parameters())
-        setattr(student, ATTACHED, self.terms.to(parameter.device))
+        loss = self.loss.double() if parameter.dtype == torch.float64 else self.loss
+        setattr(student, ATTACHED, loss.to(parameter.device))
         self._handle = student.register_forward_hook(_finish)
+
+    def _meet(self) -> None:
+        """A meeting wherever terms meet: one for values, or one at the last hidden states and one at every captured tensor."""
+        if self.combination is None or self.loss.meetings:
+            return
+        logits = sum(term.on_logits for term in self.terms)
+        if len(self.terms) < 2 or not logits:
+            raise DistilyError("combiner: it needs at least two objectives, one of them on logits, which is the primary one.")
+        if self.combination.measures == "values":
+            self.loss.meetings["run"] = ValueMeeting(self.combination, len(self.terms))
+            return
+        if logits > 1:
+            self.loss.meetings["logits"] = Meeting(self.combination, logits)
+        for feature in self.capture.wanted:
+            for place in self.capture.places(feature):
+                self.loss.meetings[_name(place)] = Meeting(self.combination, 2)
 
     def detach(self) -> None:
         """Takes everything off the student again, which is then the plain model that it was."""
@@ -129,7 +182,9 @@ class Driver:
             delattr(self.student, ATTACHED)
 
     @contextmanager
-    def step(self, batch: Mapping[str, Any], items: Any = None, progress: float = 0.0, global_step: int = 0) -> Iterator[Step]:
+    def step(
+        self, batch: Mapping[str, Any], items: Any = None, progress: float = 0.0, global_step: int = 0, observer: Any = None
+    ) -> Iterator[Step]:
         """Opens a micro-batch: inside, one forward of the student (or of what wraps it) with ``step``'s model inputs.
 
         ``items``: N of the global, accumulated batch; None: of this micro-batch. ``progress``: share of training done.
@@ -140,35 +195,61 @@ class Driver:
         count = supervision.index.numel() if items is None else items
         count = torch.as_tensor(count, device=supervision.index.device).clamp(min=1)
         with ExitStack() as stack:
-            features = stack.enter_context(self.capture.opened())
-            step = Step(self, supervision, signals, features, count, progress, self.seed + global_step)
+            tensors = stack.enter_context(self.capture.opened())
+            step = Step(self, supervision, signals, tensors, count, progress, self.seed + global_step, observer)
             stack.enter_context(self.head.redirected(lambda hidden: self._on_head(step, hidden)))
             _steps[self.student] = step
             stack.callback(_steps.pop, self.student, None)
             yield step
 
+    def advance(self, progress: float) -> None:
+        """After an optimizer step: moves whatever adapts (combiners, transported layers, adaptive targets) by the whole batch.
+
+        Raises ``RunError`` where a feature's gradient never met the one from above.
+        """
+        for step in self._steps:
+            if step.feature_gradients.waiting:
+                raise RunError(f"{type(self.student).__name__}: the backward did not come by a captured feature.")
+        self._steps = []
+        advance(self.loss, progress)
+
+    def measurements(self) -> dict[str, float]:
+        """What the meetings saw last: cosines, norms, coefficients and removed shares, by place."""
+        meetings = [(name, each) for name, each in self.loss.meetings.items() if isinstance(each, (Meeting, ValueMeeting))]
+        return {f"combiner_{place}_{name}": float(value) for place, each in meetings for name, value in each.log.items()}
+
     def _on_head(self, step: Step, hidden_states: Tensor) -> Tensor:
         """Called in place of the head's forward: the logit terms, and zeros for the model's own code to go on with."""
         assert self.head is not None
         step.head_fired = True
-        terms = [term for term in self._all_terms if term.on_logits]
-        if terms:
-            rows = select(hidden_states, step.supervision.index)
+        rows = select(hidden_states, step.supervision.index)
+        terms = [term for term in self.terms if term.on_logits]
+        step.nothing = upcast(rows.sum()) * 0.0
+        if step.observer is not None:
+            step.observer.logits(step, rows)
+        elif terms:
             with torch.autocast(rows.device.type, enabled=False):
+                meeting = self.meetings.get("logits")
                 walk = ChunkWalk(
                     head=self.head,
                     source=step.signals.logits if step.signals else None,
-                    pieces=self._pieces(terms, step),
+                    pieces=self._pieces([term for term in terms if self._is_active(term, step)], step),
                     inputs=step.inputs,
-                    weights={term.key: term.weight.at(step.progress) for term in terms},
+                    weights={term.key: self.weight(term.key, step.progress) for term in terms},
                     items=step.items,
                     vocabulary=self.vocabulary,
                     compute_dtype=_compute_dtype(rows),
                     term_gradients=self.term_gradients,
+                    meeting=meeting if torch.is_grad_enabled() else None,
                 )
-            loss, step.values, step.gradients = chunked_loss(walk, rows)
+            loss, values, step.gradients = chunked_loss(walk, rows)
+            step.values.update({term.key: values[term.key] for term in terms if self._is_active(term, step)})
             step.add(loss)
         return nothing(hidden_states)
+
+    def _is_active(self, term: Term, step: Step) -> bool:
+        """A term whose weight is 0 now is not computed."""
+        return term.schedule.at(step.progress) != 0.0
 
     def _pieces(self, terms: Sequence[Term], step: Step) -> list[Piece]:
         """Token terms in chunks; each row-set term once for every sequence, on its sample of rows."""
@@ -181,42 +262,55 @@ class Driver:
             ]
         for term in terms:
             if term.is_row_set:
-                pieces += [Piece(rows, [term], share) for rows, share in self._row_sets(term, step)]
+                pieces += [Piece(rows, [term], share) for rows, share in row_sets(step.supervision, term.max_rows, step.seed)]
         return pieces
 
-    def _row_sets(self, term: Term, step: Step) -> Iterator[tuple[Tensor, float]]:
-        """For each sequence a seeded sample of its supervised rows, and how many tokens each sampled row stands for."""
-        offset = 0
-        for length in step.supervision.lengths:
-            if length:
-                size = min(length, term.max_rows)
-                generator = torch.Generator().manual_seed(step.seed * 1_000_003 + length)
-                chosen = torch.randperm(length, generator=generator)[:size].sort().values + offset
-                yield chosen.to(step.supervision.index.device, non_blocking=True), length / size
-            offset += length
-
-    def _feature_terms(self, step: Step) -> None:
-        """Adds every feature term: its pairs averaged, summed over supervised tokens, divided by N."""
-        for term in self._all_terms:
-            if term.on_logits:
-                continue
-            with torch.autocast(step.supervision.index.device.type, enabled=False):
-                pairs = torch.stack([self._pair(term, pair, step) for pair in range(len(term.pairs))])
-                total = pairs.mean() / step.items
-            step.values[term.key] = total.detach()
-            step.add(total * term.weight.at(step.progress))
-
-    def _pair(self, term: Term, pair: int, step: Step) -> Tensor:
-        index = step.supervision.index
+    def rows(self, step: Step, tensors: Mapping[Place, Tensor]) -> FeatureRows:
+        """The features of a step, the student's made of ``tensors``."""
         assert step.signals is not None
-        mine = select(step.features[term.student_features[pair]], index)
-        theirs = select(step.signals.features[term.teacher_features[pair]], index)
-        student, teacher = term.matched(pair, mine, theirs)
-        if not term.is_row_set:
-            return term.values(student, teacher, step.inputs).sum()
-        sets = self._row_sets(term, step)
-        parts = [term.values(student[rows], teacher[rows], pick(step.inputs, rows)).sum() * share for rows, share in sets]
-        return torch.stack(parts).sum() if parts else student.sum() * 0.0
+        student = {feature: self.capture.feature(feature, tensors) for feature in self.capture.wanted}
+        readouts = (self._readout, self.teacher.readout if self.teacher is not None else None)
+        return FeatureRows(step.supervision, step.inputs, student, step.signals.features, readouts, self.chunk_rows, step.seed)
+
+    def _on_features(self, step: Step) -> None:
+        """Adds every feature term: its matches by their shares, summed over supervised tokens, divided by N."""
+        terms = [term for term in self.terms if not term.on_logits and self._is_active(term, step)]
+        if not terms:
+            return
+        if step.observer is not None:
+            step.observer.features(self.rows(step, step.tensors))
+            return
+        meet = bool(self.meetings) and torch.is_grad_enabled()
+        places = {place for term in terms for feature in term.student_features for place in self.capture.places(feature)}
+        leaves = {place: step.tensors[place].detach().requires_grad_() for place in places} if meet else {}
+        rows = self.rows(step, {**step.tensors, **leaves})
+        weighted = []
+        for term in terms:
+            with torch.autocast(step.supervision.index.device.type, enabled=False):
+                values = rows.values(term) / step.items
+                value = (values * term.mapping.shares(values.detach(), step.progress)).sum()
+            step.values[term.key] = value.detach()
+            weighted.append(value * self.weight(term.key, step.progress))
+        total = torch.stack(weighted).sum()
+        if meet:
+            named = {_name(place): (step.tensors[place], leaf) for place, leaf in leaves.items()}
+            parameters = list({id(p): p for term in terms for p in term.parameters() if p.requires_grad}.values())
+            total = step.feature_gradients.add(total, named, parameters)
+            self._steps.append(step)
+        step.add(total)
+
+    def finish(self, step: Step) -> None:
+        """The rest of the loss once the student's forward is over; no trained parameter is left without a gradient."""
+        self._on_features(step)
+        values = self._value_meeting
+        if values is not None and torch.is_grad_enabled():
+            zero = torch.zeros((), device=values.pending.device)
+            values.pending += torch.stack([step.values.get(term.key, zero).double() for term in self.terms])
+        idle = [term for term in self.terms if not self._is_active(term, step)]
+        for parameter in (each for term in idle for each in term.parameters() if each.requires_grad):
+            step.add(parameter.sum() * 0.0)
+        if step.loss is None:
+            step.loss = step.nothing
 
 
 def local_teacher(model: Any, terms: nn.ModuleDict, vocabulary: int) -> LocalTeacher | None:
@@ -224,7 +318,8 @@ def local_teacher(model: Any, terms: nn.ModuleDict, vocabulary: int) -> LocalTea
     every = [term for term in terms.values() if isinstance(term, Term)]
     if not any(term.description.needs_teacher for term in every):
         return None
-    return LocalTeacher(model, vocabulary, [feature for term in every for feature in term.teacher_features])
+    lens = any(term.site == "logit_lens" for term in every)
+    return LocalTeacher(model, vocabulary, [feature for term in every for feature in term.teacher_features], lens)
 
 
 def _finish(student: nn.Module, arguments: Any, output: Any) -> Any:
@@ -234,9 +329,13 @@ def _finish(student: nn.Module, arguments: Any, output: Any) -> Any:
         return output
     if not step.head_fired:
         raise DistilyError(f"{type(student).__name__} did not call its output embedding in this forward.")
-    step.driver._feature_terms(step)
+    step.driver.finish(step)
     output["loss"] = step.loss
     return output
+
+
+def _name(place: Place) -> str:
+    return f"{place[0]}_{place[1]}"
 
 
 def default_chunk_rows(vocabulary: int) -> int:

@@ -47,6 +47,7 @@ def describe(config: RunConfig, resume: bool = False) -> str:
         mixed_precision=mixed,
         packed=config.data.packing,
         device_type=arguments.device.type,
+        combiner=config.combiner,
     )
     lines = [yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True).rstrip(), ""]
     lines += [_size("Teacher", config.teacher.model, teacher), _size("Student", config.student.model or "its shape", student)]

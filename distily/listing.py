@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from distily.errors import DistilyError, unknown
+from distily.catalogue import read, sections, summary
+from distily.errors import DistilyError, nearest
 from distily.hookspecs import KINDS
 from distily.plugins import Offered, Plugins, signature_line
 
@@ -41,58 +42,63 @@ def plugin_lines(plugins: Plugins) -> Iterator[str]:
 
 
 def _chosen(plugins: Plugins, word: str | None) -> list[Offered]:
-    """The components that ``word`` asks for: all, those of a kind, or those of a name or alias."""
+    """The components that ``word`` asks for: all, those of a kind, of a name or alias, or those that mention it."""
     everything = [entry for kind in KINDS for entries in plugins.offered(kind).values() for entry in entries]
     if word is None:
         return everything
     kinds = {name: kind for kind, singular in KINDS.items() for name in (kind, singular, kind.replace("_", "-"))}
     if word in kinds:
         return [entry for entry in everything if entry.kind == kinds[word]]
-    found = [entry for entry in everything if word == entry.name or word in entry.aliases]
+    named = [entry for entry in everything if word.lower() in (entry.name, *entry.aliases)]
+    found = named or [entry for entry in everything if word.lower() in _searched(entry)]
     if not found:
-        raise DistilyError(unknown("component", word, {*KINDS, *(entry.name for entry in everything)}))
+        close = nearest(word, [*KINDS, *(name for entry in everything for name in (entry.name, *entry.aliases))])
+        guess = f"; did you mean {close!r}?" if close else "."
+        raise DistilyError(
+            f"component {word!r} is unknown{guess} Allowed: {', '.join(KINDS)}, a name, an alias, or a word to find."
+        )
     return found
+
+
+def _searched(entry: Offered) -> str:
+    """Where a word is searched for, in lower case."""
+    values = _values(entry)
+    return " ".join([values["name"], *values["aliases"], values["source"], values["documentation"]]).lower()
+
+
+def _values(entry: Offered) -> dict[str, Any]:
+    description = getattr(entry.factory, "description", None)
+    documentation = inspect.getdoc(entry.factory) or ""
+    return {
+        "kind": entry.kind,
+        "name": entry.name,
+        "aliases": list(entry.aliases),
+        "plugin": entry.plugin,
+        "options": signature_line(entry),
+        "formula": getattr(description, "formula", ""),
+        "source": getattr(description, "source", "") or read(documentation, ()).source,
+        "documentation": documentation,
+    }
 
 
 def component_values(plugins: Plugins, word: str | None) -> list[dict[str, Any]]:
     """Every chosen component: kind, name, aliases, plugin, options, formula, source, documentation."""
-    return [
-        {
-            "kind": entry.kind,
-            "name": entry.name,
-            "aliases": list(entry.aliases),
-            "plugin": entry.plugin,
-            "options": signature_line(entry),
-            "formula": getattr(getattr(entry.factory, "description", None), "formula", ""),
-            "source": getattr(getattr(entry.factory, "description", None), "source", ""),
-            "documentation": inspect.getdoc(entry.factory) or "",
-        }
-        for entry in _chosen(plugins, word)
-    ]
+    return [_values(entry) for entry in _chosen(plugins, word)]
 
 
 def component_lines(plugins: Plugins, word: str | None) -> Iterator[str]:
-    """One line a component under its kind; everything about it when it is asked for by name."""
-    values = component_values(plugins, word)
-    by_name = word is not None and all(word == entry["name"] or word in entry["aliases"] for entry in values)
+    """One line a component under its kind; its whole entry when it is asked for by a name."""
     kind = None
-    for entry in values:
-        if by_name:
-            yield from _whole(entry)
+    for entry in _chosen(plugins, word):
+        if word and word.lower() in (entry.name, *entry.aliases):
+            if word.lower() != entry.name:
+                yield f"{word} is an alias of {entry.name}."
+            yield f"{KINDS[entry.kind]} {entry.name}"
+            for section in sections(entry):
+                yield f"\n{section}"
             continue
-        if entry["kind"] != kind:
-            kind = entry["kind"]
+        if entry.kind != kind:
+            kind = entry.kind
             yield f"{kind.replace('_', ' ')}:"
-        summary = entry["documentation"].split("\n\n")[0].replace("\n", " ")
-        options = f" [{entry['options']}]" if entry["options"] else ""
-        yield f"  {entry['name']}{options}  {summary}"
-
-
-def _whole(entry: dict[str, Any]) -> Iterator[str]:
-    yield f"{KINDS[entry['kind']]} {entry['name']} (plugin {entry['plugin']})"
-    for key in ("aliases", "options", "formula", "source"):
-        value = ", ".join(entry[key]) if isinstance(entry[key], list) else entry[key]
-        if value:
-            yield f"{key}: {value}"
-    yield ""
-    yield entry["documentation"]
+        also = f" ({', '.join(entry.aliases)})" if entry.aliases else ""
+        yield f"  {entry.name}{also}  {summary(entry)}"

@@ -12,8 +12,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from distily.config import StudentConfig, TeacherConfig
+from distily.embeddings import copy_outside_blocks, transfer_embeddings
 from distily.errors import DistilyError, nearest, unknown, wrong
 from distily.features import decoder_blocks
+from distily.layers import spread
 from distily.schema import Between, Option, conforms, describe, mistakes
 from distily.sources import DEMO
 
@@ -202,8 +204,10 @@ def build_student(config: StudentConfig, teacher: Any, seed: int, trust_remote_c
     options: dict[str, Any] = {"attn_implementation": config.attention} if config.attention else {}
     dtype = DTYPES.get(config.dtype, torch.float32)
     if config.model is not None:
-        if config.config or config.layers or config.initialize or config.copy:
-            raise DistilyError("student.model: it cannot be combined with student.config, layers, initialize or copy.")
+        if config.config or config.layers or config.initialize or config.embeddings or config.copy:
+            raise DistilyError(
+                "student.model: it cannot be combined with student.config, layers, initialize, embeddings or copy."
+            )
         student = _load_model(config.model, "student.model", dtype=dtype, trust_remote_code=trust_remote_code, **options)
     else:
         shaped = student_config(teacher.config, config.config or default_shape(teacher.config))
@@ -216,8 +220,16 @@ def build_student(config: StudentConfig, teacher: Any, seed: int, trust_remote_c
 
 
 def _freeze(student: Any, config: StudentConfig) -> Any:
+    frozen = set()
     for name in config.freeze:
-        _module(student, name, "student.freeze").requires_grad_(False)
+        frozen |= {id(parameter) for parameter in _module(student, name, "student.freeze").requires_grad_(False).parameters()}
+    for name, module in student.named_modules():
+        is_listed = any(name == listed or name.startswith(f"{listed}.") for listed in config.freeze)
+        if not is_listed and any(id(own) in frozen for own in module.parameters(recurse=False)):
+            raise DistilyError(
+                f"student.freeze: {config.freeze!r} is not allowed: {name} shares a weight with one of them; "
+                f"allowed: {name} too, or student.config.tie_word_embeddings=false."
+            )
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise DistilyError("student.freeze: nothing is left to train.")
     return student
@@ -238,6 +250,11 @@ def _initialize(student: Any, teacher: Any, config: StudentConfig) -> None:
             _copy_blocks(student, teacher, config.layers)
         elif config.initialize == "teacher_layers" or config.layers:
             raise DistilyError(f"student.initialize: teacher_layers needs equal shapes, and {misfit}; allowed: random.")
+    if config.embeddings in ("copy", "pca"):
+        copy_outside_blocks(student, teacher)
+        transfer_embeddings(student, teacher, config.embeddings)
+    elif config.embeddings is None and config.initialize != "random":
+        copy_outside_blocks(student, teacher)
     for name in config.copy:
         source = _module(teacher, name, "student.copy").state_dict()
         target = _module(student, name, "student.copy")
@@ -259,29 +276,15 @@ def _misfit(student: Any, teacher: Any) -> str | None:
 
 
 def _copy_blocks(student: Any, teacher: Any, layers: list[int] | None) -> None:
-    """Teacher blocks into the student's, and everything outside the blocks that has the same shape."""
+    """Teacher blocks into the student's."""
     mine, theirs = decoder_blocks(student), decoder_blocks(teacher)
     chosen = layers or spread(len(mine), len(theirs))
     if len(chosen) != len(mine) or max(chosen) > len(theirs):
         raise DistilyError(
             f"student.layers: {chosen!r} is not allowed; allowed: {len(mine)} numbers from 1 to {len(theirs)}, one for each block."
         )
-    inside = {id(parameter) for blocks in (mine, theirs) for parameter in blocks.parameters()}
-    source = dict(teacher.named_parameters())
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            if id(parameter) not in inside and name in source and source[name].shape == parameter.shape:
-                parameter.copy_(source[name])
     for block, number in zip(mine, chosen, strict=True):
         block.load_state_dict(theirs[number - 1].state_dict())
-
-
-def spread(student_layers: int, teacher_layers: int) -> list[int]:
-    """Teacher blocks for a shallower (or deeper) student, first and last kept: 1 + round((i−1)(L_t−1)/(L_s−1))."""
-    if student_layers == 1:
-        return [1]
-    steps = student_layers - 1
-    return [1 + (2 * i * (teacher_layers - 1) + steps) // (2 * steps) for i in range(student_layers)]
 
 
 def _module(model: nn.Module, name: str, key: str) -> nn.Module:

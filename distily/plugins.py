@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pluggy
 
@@ -19,12 +19,12 @@ from distily.config import RunConfig
 from distily.errors import DistilyError, unknown, wrong
 from distily.hookspecs import KINDS, PROJECT, Factory
 from distily.objectives import DRIVER_INPUTS, RESERVED, SITES
+from distily.schedules import SCHEDULES, Finite, schedule_options
 from distily.schema import Between, Option, conforms, describe, mistakes, options
 from distily.spec import Component, parse_component
 
 ENVIRONMENT = "DISTILY_PLUGINS"
-SCHEDULES = ("linear", "cosine")
-Finite = Annotated[float, Between(excluding=(-math.inf, math.inf))]
+Share = Annotated[float, Between(0, 1, excluding=(1,))]
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,17 @@ class Offered:
         supplied = DRIVER_INPUTS if self.kind == "objectives" else ()
         return options(self.factory, supplied)
 
+    @property
+    def from_core(self) -> tuple[str, ...]:
+        """The positional parameters of the factory, which the core fills."""
+        if isinstance(self.factory, type) and self.factory.__init__ in (object.__init__, _bare_module()):  # type: ignore[misc]
+            return ()
+        parameters = inspect.signature(self.factory).parameters.values()
+        return tuple(each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD))
+
     def build(self, chosen: Mapping[str, Any]) -> Any:
-        """The component: a class constructed with its options, a function with its options bound."""
-        positional = self.kind == "projectors"
-        if isinstance(self.factory, type) and not positional:
+        """The component: a class constructed with its options; with them bound, a function or a class that the core completes."""
+        if isinstance(self.factory, type) and not self.from_core:
             return self.factory(**chosen)
         return partial(self.factory, **chosen)
 
@@ -118,6 +125,7 @@ class Plugins:
         lines: list[str] = []
         for component in config.objectives:
             lines += self._check_term(component)
+        lines += self._check_combiner(config)
         groups = {"quantizers": (config.quantizer,), "evaluators": config.evaluators, "loggers": config.loggers}
         for kind, components in groups.items():
             named = [component for component in components if component]
@@ -128,6 +136,26 @@ class Plugins:
             lines.append(wrong("objectives", [], "at least one objective, such as forward_kl"))
         if lines:
             raise DistilyError("\n".join(lines))
+
+    def _check_combiner(self, config: RunConfig) -> list[str]:
+        """The combiner with the core's own keys, and whether this run has terms for it."""
+        if config.combiner is None:
+            return []
+        try:
+            entry = self.find("combiners", config.combiner.name)
+        except DistilyError as error:
+            return [str(error)]
+        where = f"combiner {config.combiner.name}"
+        scopes = tuple(entry.factory.scopes) if entry.factory.measures == "gradients" else ("step",)  # type: ignore[attr-defined]
+        core = (Option("scope", Literal[scopes], "step"), Option("decay", Share, 0.9), Option("divided", bool, False))
+        lines = mistakes(where, config.combiner.options, {option.name: option for option in core} | entry.options)
+        if len(config.objectives) < 2:
+            lines.append(f"{where}: it needs at least two objectives, and this run has {len(config.objectives)}.")
+        divided = int(config.train.get("gradient_accumulation_steps", 1)) > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
+        chosen = config.combiner.options
+        if chosen.get("scope") == "micro_batch" and divided and chosen.get("divided") is not True:
+            lines.append(f"{where}: scope micro_batch depends on how the batch is divided; allowed: scope=step, or divided=true.")
+        return lines
 
     def _check_repeats(self, kind: str, components: Iterable[Component]) -> list[str]:
         """A line for each component that is there twice: one of the two would be lost without a word."""
@@ -163,6 +191,8 @@ class Plugins:
             if key in chosen:
                 if site == "logits" and site in SITES:
                     lines.append(f"{where}: {key} is for terms on features; this one is on logits.")
+                elif site in ("logit_lens", "attentions") and key != "mapper":
+                    lines.append(f"{where}: {key} is for rows of hidden width; on {site} it has nothing to do.")
                 else:
                     nested = chosen[key] if isinstance(chosen[key], (Component, str, Mapping)) else str(chosen[key])
                     try:
@@ -170,6 +200,9 @@ class Plugins:
                         lines += self._check_component(kind, parsed, f"{where}: {KINDS[kind]}")
                     except DistilyError as error:
                         lines.append(str(error))
+        for key, allowed in (("normalized", ("both", "teacher")), ("projector_for", ("pair", "block", "all"))):
+            if key in chosen and chosen[key] not in allowed:
+                lines.append(wrong(f"{where}: {key}", chosen[key], ", ".join(allowed)))
         lines += _check_weight(where, chosen.get("weight", 1.0))
         if description.temperature_scale is None and not description.own_temperature:
             lines += [f"{where}: it takes no {key}." for key in ("temperature", "temperature_scale") if key in chosen]
@@ -183,18 +216,19 @@ class Plugins:
         return lines
 
 
+def _bare_module() -> Any:
+    """The constructor that a ``torch.nn.Module`` without one of its own inherits; it takes anything. None where torch is not loaded."""
+    torch = sys.modules.get("torch")
+    return torch.nn.Module.__init__ if torch else None
+
+
 def _check_weight(where: str, weight: Any) -> list[str]:
-    """A weight is a number or a schedule ``linear(start=…, end=…, until=…)`` over the share of training done."""
+    """A weight is a number or a schedule such as ``linear(start=…, end=…, until=…)`` over the share of training done."""
     if conforms(weight, Finite):
         return []
     if not isinstance(weight, Component) or weight.name not in SCHEDULES:
-        return [wrong(f"{where}: weight", str(weight), "a number, linear(start=1,end=0) or cosine(start=1,end=0)")]
-    allowed = {
-        "start": Option("start", Finite, inspect.Parameter.empty),
-        "end": Option("end", Finite, inspect.Parameter.empty),
-        "until": Option("until", Annotated[float, Between(0, 1)], 1.0),
-    }
-    return mistakes(f"{where}: weight {weight.name}", weight.options, allowed)
+        return [wrong(f"{where}: weight", str(weight), f"a number, or linear(start=1,end=0) and so on: {', '.join(SCHEDULES)}")]
+    return mistakes(f"{where}: weight {weight.name}", weight.options, schedule_options(weight.name))
 
 
 def load(found: Iterable[EntryPoint] | None = None) -> Plugins:

@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_map_only
 from distily.batch import model_inputs
 from distily.chunks import Piece
 from distily.driver import Driver, Step, local_teacher
+from distily.meetings import combination
 from distily.spec import Component
 from distily.terms import Builder, Term, build_terms
 
@@ -79,7 +80,7 @@ class MemoryPrediction:
 def predict_memory(
     *, student: Any, teacher: Any, objectives: Sequence[Component], builder: Builder, vocabulary: int, rows: int, length: int,
     arguments: Any, chunk_rows: int | None = None, mixed_precision: bool = False, padded: bool = True, packed: bool = False,
-    device_type: str = "cuda", seed: int = 0,
+    device_type: str = "cuda", seed: int = 0, combiner: Component | None = None,
 ) -> MemoryPrediction:  # fmt: skip
     """The peak of a training step with ``rows`` sequences of ``length`` tokens in each micro-batch.
 
@@ -94,6 +95,7 @@ def predict_memory(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         terms: Any = build_terms(objectives, builder, student, teacher, seed)
+        met = combination(combiner, builder)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         # transformers takes fake tensors for tracing and would always build a mask; now it asks, and ``memory`` answers
         stack.enter_context(mock.patch("transformers.masking_utils.is_tracing", return_value=False, create=True))
@@ -104,9 +106,9 @@ def predict_memory(
             teacher = _without_data(teacher)
         with memory.phase("student"):
             student, terms = _without_data(student), _without_data(terms)
-        terms.to = lambda _: terms  # they are where the student is
-        driver = _CountedDriver(terms, local_teacher(teacher, terms, vocabulary), vocabulary, chunk_rows, seed)
+        driver = _CountedDriver(terms, local_teacher(teacher, terms, vocabulary), vocabulary, chunk_rows, seed, combination=met)
         driver.memory = memory
+        driver.loss.to = lambda _: driver.loss  # type: ignore[method-assign, assignment]  # it is where the student is
         driver.attach(student)
         _simulate(driver, _batch(rows, length, packed), arguments, mixed_precision, on_gpu)
     parts = {name: memory.at_peak[name] for name in PARTS}
@@ -196,9 +198,9 @@ class _CountedDriver(Driver):
         with self.memory.phase("loss", "loss"):
             return super()._on_head(step, hidden_states)
 
-    def _feature_terms(self, step: Step) -> None:
+    def _on_features(self, step: Step) -> None:
         with self.memory.phase("loss", "loss"):
-            super()._feature_terms(step)
+            super()._on_features(step)
 
     def _pieces(self, terms: Sequence[Term], step: Step) -> list[Piece]:
         first: dict[int, Piece] = {}

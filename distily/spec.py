@@ -49,15 +49,16 @@ class Component:
     def __str__(self) -> str:
         if not self.options:
             return self.name
-        return f"{self.name}:{','.join(f'{key}={_written(value)}' for key, value in self.options.items())}"
+        return f"{self.name}:{','.join(f'{key}={written(value)}' for key, value in self.options.items())}"
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """An option's value as the command line takes it."""
     if isinstance(value, Component):
-        inner = ",".join(f"{key}={_written(item)}" for key, item in value.options.items())
+        inner = ",".join(f"{key}={written(item)}" for key, item in value.options.items())
         return f"{value.name}({inner})" if inner else value.name
     if isinstance(value, (list, tuple)):
-        return f"[{','.join(_written(item) for item in value)}]"
+        return f"[{','.join(written(item) for item in value)}]"
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return str(value)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distily.features import Feature, FeatureCapture
 from distily.heads import OutputHead, select
+from distily.readouts import Readout
 
 
 class LogitSource(Protocol):
@@ -25,16 +26,20 @@ class LogitSource(Protocol):
 
 @dataclass(frozen=True)
 class TeacherSignals:
-    """What the teacher says about one batch: logits at the supervised tokens, features at all of them ``(B, S, H)``."""
+    """What the teacher says about one batch: logits at the supervised tokens, features at all of them: ``(B, S, H)``, or
+    ``AttentionScores`` at ``attentions``.
+    """
 
     logits: LogitSource | None
-    features: Mapping[Feature, Tensor]
+    features: Mapping[Feature, Any]
 
 
 class Teacher(Protocol):
     """A source of signals; a model in this process, or anything that recorded or serves one."""
 
     has_features: bool
+    readout: Readout | None
+    """Reads logits off hidden states, where a term asks for that."""
 
     def signals(self, inputs: Mapping[str, Any], index: Tensor) -> TeacherSignals:
         """Signals for the model inputs of a batch; ``index`` (N,) are the supervised positions of the flattened batch."""
@@ -60,13 +65,15 @@ class LocalTeacher:
 
     has_features = True
 
-    def __init__(self, model: Any, vocabulary: int, wanted: Iterable[Feature] = ()) -> None:
+    def __init__(self, model: Any, vocabulary: int, wanted: Iterable[Feature] = (), logit_lens: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
         self.head = OutputHead(model)
         self.vocabulary = vocabulary
         self.capture = FeatureCapture(model, wanted)
+        self.readout = Readout(model, self.head, vocabulary) if logit_lens else None
 
     def signals(self, inputs: Mapping[str, Any], index: Tensor) -> TeacherSignals:
-        with torch.no_grad(), self.capture.opened() as features:
+        with torch.no_grad(), self.capture.opened() as tensors:
             hidden = self.head.last_hidden_states(self.model, inputs)
+            features = {feature: self.capture.feature(feature, tensors) for feature in self.capture.wanted}
         return TeacherSignals(DenseLogits(self.head, select(hidden, index), self.vocabulary), features)

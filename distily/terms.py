@@ -1,14 +1,12 @@
 """A term: one objective with its weight, the place it acts on, and the modules between student and teacher.
 
-Letters: N supervised tokens, V vocabulary, H hidden width.
+Letters: N supervised tokens, n rows of a chunk or a set, V vocabulary, H hidden width, P mapped pairs of layers, M matches.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +15,17 @@ from torch import Tensor, nn
 from distily.errors import DistilyError
 from distily.features import Feature, width
 from distily.heads import upcast
-from distily.layers import LayerPair, layer_pairs
+from distily.layers import LayerPair
+from distily.mappings import LayerMapping, layer_mapping
 from distily.objectives import RESERVED, Description
+from distily.schedules import schedule
 from distily.spec import Component, parse_component
 
 DEFAULT_MAPPER, DEFAULT_PROJECTOR, DEFAULT_NORMALIZER = "penultimate_k", "linear", "none"
 DEFAULT_MAX_ROWS = 256
+LOGIT_SITES = ("logits", "logit_lens")
+READ_SITES = ("logit_lens", "attentions")
+"""Sites whose rows are large, so that they are formed a chunk at a time."""
 
 
 class Builder(Protocol):
@@ -32,33 +35,16 @@ class Builder(Protocol):
     def build(self, kind: str, component: Component) -> Any: ...
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A constant weight, or one that moves from ``start`` to ``end`` while the share of training done goes from 0 to ``until``."""
-
-    start: float
-    end: float
-    until: float = 1.0
-    shape: str = "linear"
-
-    @classmethod
-    def of(cls, value: float | Component) -> Weight:
-        return cls(**value.options, shape=value.name) if isinstance(value, Component) else cls(float(value), float(value))
-
-    def at(self, progress: float) -> float:
-        share = min(1.0, progress / self.until) if self.until > 0 else 1.0
-        if self.shape == "cosine":
-            share = (1.0 - math.cos(math.pi * share)) / 2.0
-        return self.start + (self.end - self.start) * share
-
-
 class Term(nn.Module):
-    """One weighted objective of the loss. As a module it owns what trains beside the student: projectors, learned objectives."""
+    """One weighted objective of the loss. As a module it owns what trains beside the student: projectors, learned objectives.
+
+    ``objectives``: one for every pair of layers where the objective learns for each pair, else one alone.
+    """
 
     def __init__(
         self,
         key: str,
-        objective: Any,
+        objectives: Any,
         description: Description,
         *,
         weight: float | Component = 1.0,
@@ -66,23 +52,28 @@ class Term(nn.Module):
         temperature: float = 1.0,
         temperature_scale: str | None = None,
         max_rows: int = DEFAULT_MAX_ROWS,
-        pairs: Sequence[LayerPair] = (),
+        mapping: LayerMapping | None = None,
         projectors: Sequence[nn.Module] = (),
-        normalizer: Any = None,
+        normalizers: Sequence[Any] = (),
+        normalized: str = "both",
     ) -> None:
         super().__init__()
         self.key = key
-        self.objective = objective
+        self.objectives = list(objectives) if isinstance(objectives, (list, tuple)) else [objectives]
         self.description = description
-        self.weight = Weight.of(weight)
+        self.schedule = schedule(weight)
         self.site = site
         self.temperature = float(temperature)
         scale = temperature_scale or description.temperature_scale or "none"
         self.factor = {"t2": self.temperature**2, "t": self.temperature, "none": 1.0}[scale]
         self.max_rows = max_rows
-        self.pairs = list(pairs)
-        self.projectors = nn.ModuleList(projectors)
-        self.normalizer = normalizer
+        self.mapping = mapping or LayerMapping([])
+        self.projectors = list(projectors)
+        self.normalizers = list(normalizers)
+        self.normalized = normalized
+        parts = [*self.objectives, *self.projectors, *self.normalizers]
+        unique = {id(part): part for part in parts if isinstance(part, nn.Module)}
+        self.learned = nn.ModuleList(unique.values())
 
     @property
     def on_logits(self) -> bool:
@@ -93,34 +84,59 @@ class Term(nn.Module):
         return self.description.granularity == "row_set"
 
     @property
+    def pairs(self) -> list[LayerPair]:
+        return self.mapping.pairs
+
+    @property
+    def captured(self) -> str:
+        """The site whose tensors the models have to give."""
+        return "hidden_states" if self.site == "logit_lens" else self.site
+
+    @property
     def student_features(self) -> list[Feature]:
-        return [(self.site, student) for student, _ in self.pairs]
+        return [(self.captured, student) for student, _ in self.pairs]
 
     @property
     def teacher_features(self) -> list[Feature]:
-        return [(self.site, teacher) for _, teacher in self.pairs] if self.description.needs_teacher else []
+        return [(self.captured, teacher) for _, teacher in self.pairs] if self.description.needs_teacher else []
 
-    def values(self, student: Tensor, teacher: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
-        """The objective on rows ``(n, ·)``, in float32, with temperature and its factor: ``(n,)``."""
+    def values(self, student: Tensor, teacher: Tensor | None, inputs: Mapping[str, Any], match: int = 0) -> Tensor:
+        """The objective on rows ``(n, …)``, in float32, with temperature and its factor: ``(n,)``."""
         if self.temperature != 1.0:
             student = student / self.temperature
             teacher = teacher if teacher is None else teacher / self.temperature
         given = {name: inputs[name] for name in self.description.inputs}
-        result = self.objective(student, teacher, **given)
+        result = self.objectives[match if len(self.objectives) > 1 else 0](student, teacher, **given)
         if result.shape != student.shape[:1]:
             raise DistilyError(
                 f"objective {self.key}: it returned shape {tuple(result.shape)}, not one value for each of {student.shape[0]} rows."
             )
         return result * self.factor if self.factor != 1.0 else result
 
-    def matched(self, pair: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Student and teacher rows of one pair, projected and normalised: ``(N, H_s), (N, H_t) -> (N, H), (N, H)``."""
-        student, teacher = upcast(student), upcast(teacher)
-        if len(self.projectors):
+    def matches(self, student: Sequence[Tensor], teacher: Sequence[Tensor], inputs: Mapping[str, Any]) -> list[Any]:
+        """What is compared: rows of every pair, P times ``(N, Hs)`` and ``(N, Ht)``, projected, normalised and matched."""
+        pairs = [
+            self._matched(pair, upcast(mine), upcast(theirs))
+            for pair, (mine, theirs) in enumerate(zip(student, teacher, strict=True))
+        ]
+        mine, theirs = ([pair[side] for pair in pairs] for side in range(2))
+        if self.description.stacked:
+            return [(torch.stack(mine, 1), torch.stack(theirs, 1))]
+        return self.mapping.matches(mine, theirs, inputs["sequence_ids"])
+
+    def _matched(self, pair: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        if self.projectors:
             student = self.projectors[pair](student)
-        if self.normalizer is not None:
-            student, teacher = self.normalizer(student), self.normalizer(teacher)
-        return student, teacher
+        if not self.normalizers:
+            return student, teacher
+        normalizer = self.normalizers[pair]
+        both = normalizer(student, teacher) if isinstance(normalizer, nn.Module) else (normalizer(student), normalizer(teacher))
+        return (both[0] if self.normalized == "both" else student), both[1]
+
+    def observers(self, pair: int) -> list[Any]:
+        """The modules of a pair that may have to be calibrated."""
+        objective = self.objectives[pair if len(self.objectives) > 1 else 0]
+        return [objective, *self.projectors[pair : pair + 1], *self.normalizers[pair : pair + 1]]
 
 
 def build_terms(
@@ -148,14 +164,16 @@ def _term(key: str, component: Component, factory: Any, builder: Builder, studen
     settings = dict(component.options)
     own = {"temperature"} if description.own_temperature else set()
     options = {name: settings.pop(name) for name in list(settings) if name not in RESERVED or name in own}
-    mapper, projector, normalizer = (settings.pop(name, None) for name in ("mapper", "projector", "normalizer"))
+    between = {name: settings.pop(name, None) for name in ("mapper", "projector", "projector_for", "normalizer")}
     objective = builder.build("objectives", Component(component.name, options))
     rows = options.get("max_rows", _default_rows(factory))
     site = settings.pop("on", description.on[0])
-    term = Term(key, objective, description, site=site, max_rows=rows, **settings)
-    if not term.on_logits:
-        _connect(term, mapper, projector, normalizer, builder, student, teacher)
-    return term
+    if site == "logits":
+        return Term(key, objective, description, site=site, max_rows=rows, **settings)
+    if teacher is None:
+        raise DistilyError(f"objective {key}: it compares features, and this run has no teacher with features.")
+    connection = _Connection(key, site, description, builder, student, teacher, between)
+    return Term(key, connection.objectives(objective), description, site=site, max_rows=rows, **connection.modules(), **settings)
 
 
 def _default_rows(factory: Any) -> int:
@@ -163,25 +181,79 @@ def _default_rows(factory: Any) -> int:
     return DEFAULT_MAX_ROWS if parameter is None else int(parameter.default)
 
 
-def _connect(
-    term: Term, mapper: Any, projector: Any, normalizer: Any, builder: Builder, student: Any, teacher: Any | None
-) -> None:
-    """Layer pairs, one projector for each, and the normalizer of a term on features."""
-    if teacher is None:
-        raise DistilyError(f"objective {term.key}: it compares features, and this run has no teacher with features.")
-    depths = [model.config.get_text_config().num_hidden_layers for model in (student, teacher)]
-    chosen = parse_component(mapper or DEFAULT_MAPPER, "mapper")
-    term.pairs = layer_pairs(chosen.name, builder.build("layer_mappers", chosen), *depths)
-    widths = [
-        (width(student, (term.site, student_block)), width(teacher, (term.site, teacher_block)))
-        for student_block, teacher_block in term.pairs
-    ]
-    default = "identity" if all(mine == theirs for mine, theirs in widths) else DEFAULT_PROJECTOR
-    between = parse_component(projector or default, "projector")
-    make = builder.build("projectors", between)
-    try:
-        term.projectors = nn.ModuleList(make(mine, theirs) for mine, theirs in widths)
-    except ValueError as error:
-        raise DistilyError(f"objective {term.key}: projector {between.name}: {error}.") from error
-    after = parse_component(normalizer or DEFAULT_NORMALIZER, "normalizer")
-    term.normalizer = builder.build("normalizers", after)
+class _Connection:
+    """What stands between student and teacher for a term on features: pairs of layers, and the modules of each pair."""
+
+    def __init__(
+        self,
+        key: str,
+        site: str,
+        description: Description,
+        builder: Builder,
+        student: Any,
+        teacher: Any,
+        chosen: Mapping[str, Any],
+    ) -> None:
+        self.key, self.site, self.description, self.builder, self.chosen = key, site, description, builder, chosen
+        depths = [model.config.get_text_config().num_hidden_layers for model in (student, teacher)]
+        mapper = parse_component(chosen["mapper"] or DEFAULT_MAPPER, "mapper")
+        self.mapping = layer_mapping(mapper.name, builder.build("layer_mappers", mapper), *depths)
+        if description.stacked and len(self.mapping.pairs) < 2:
+            raise DistilyError(
+                f"objective {key}: it compares how layers follow each other, and mapper {mapper.name} pairs only one; "
+                "allowed: a mapper of two pairs or more, such as last_k(k=2)."
+            )
+        self.widths = [(0, 0) for _ in self.mapping.pairs]
+        if site not in READ_SITES:
+            self.widths = [(width(student, (site, mine)), width(teacher, (site, theirs))) for mine, theirs in self.mapping.pairs]
+
+    def objectives(self, objective: Any) -> list[Any]:
+        """One for each pair where the objective is made for two widths, else the one."""
+        if not isinstance(getattr(objective, "func", None), type):
+            return [objective]
+        if type(self.mapping).matches is not LayerMapping.matches:
+            raise DistilyError(f"objective {self.key}: it learns for each pair of layers, so its mapper cannot mix layers.")
+        projected = bool(self._projector())
+        return [objective(theirs if projected else mine, theirs) for mine, theirs in self.widths]
+
+    def modules(self) -> dict[str, Any]:
+        """Mapping, projectors and normalizers, as ``Term`` takes them."""
+        if self.site in READ_SITES:
+            given = [name for name in ("projector", "normalizer") if self.chosen[name] is not None]
+            if given:
+                raise DistilyError(f"objective {self.key}: on {self.site} there is nothing for a {given[0]} to do.")
+            return {"mapping": self.mapping}
+        return {"mapping": self.mapping, "projectors": self._projectors(), "normalizers": self._normalizers()}
+
+    def _projector(self) -> Component | None:
+        """The projector by name; None where the objective takes two widths and nobody asked for one."""
+        if self.chosen["projector"] is not None:
+            return parse_component(self.chosen["projector"], "projector")
+        if not self.description.equal_widths:
+            return None
+        return Component("identity" if all(mine == theirs for mine, theirs in self.widths) else DEFAULT_PROJECTOR)
+
+    def _projectors(self) -> list[nn.Module]:
+        between = self._projector()
+        if between is None:
+            return []
+        make = self.builder.build("projectors", between)
+        shared = self.chosen["projector_for"] or self.mapping.projector_for
+        made: dict[Any, nn.Module] = {}
+        result = []
+        try:
+            for place, (widths, (block, _)) in enumerate(zip(self.widths, self.mapping.pairs, strict=True)):
+                identity = {"pair": place, "block": (block, widths), "all": widths}[shared]
+                if identity not in made:
+                    made[identity] = make(*widths)
+                result.append(made[identity])
+        except ValueError as error:
+            raise DistilyError(f"objective {self.key}: projector {between.name}: {error}.") from error
+        return result
+
+    def _normalizers(self) -> list[Any]:
+        after = parse_component(self.chosen["normalizer"] or DEFAULT_NORMALIZER, "normalizer")
+        normalizer = self.builder.build("normalizers", after)
+        if not isinstance(getattr(normalizer, "func", None), type):
+            return [normalizer for _ in self.widths]
+        return [normalizer(theirs) for _, theirs in self.widths]

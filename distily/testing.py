@@ -1,7 +1,7 @@
 """The conformance kit: what every kind of component promises, checked in seconds on a CPU, without downloads.
 
-    def test_tvd():
-        check_objective(tvd, reference=my_own_tvd, temperature=2.0)
+    def test_hellinger():
+        check_objective(hellinger, reference=my_own_hellinger, temperature=2.0)
 
 Every ``check_…(factory, **options)`` returns the names of the checks that passed. A check that fails raises ``AssertionError``
 with one line: the component, the check, what was seen. Wrong options raise ``DistilyError``.
@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from distily.conformance import Subject, close, contract, numbers, relations, require, through_the_driver
+from distily.combiner_conformance import combiners
+from distily.conformance import Subject, contract, numbers, relations, require, through_the_driver
 from distily.errors import DistilyError, RunError, unknown
 from distily.evaluation import EvaluationContext, Evaluator, measure
+from distily.feature_conformance import layer_mappers, normalizers, projectors
 from distily.hookspecs import KINDS, Factory
-from distily.layers import layer_pairs
 from distily.loggers import Logger
 from distily.plugins import Offered, Plugins
 from distily.quantization import Quantizer
@@ -51,6 +52,7 @@ def _checker(kind: str) -> Callable[..., list[str]]:
 
 
 check_layer_mapper, check_projector, check_normalizer = map(_checker, ("layer_mappers", "projectors", "normalizers"))
+check_combiner = _checker("combiners")
 check_quantizer, check_evaluator, check_logger = map(_checker, ("quantizers", "evaluators", "loggers"))
 
 
@@ -100,64 +102,6 @@ def _check(kind: str, factory: Factory, given: Mapping[str, Any], name: str = ""
     finally:
         torch.set_num_threads(threads)
     return passed
-
-
-def _layer_mapper(subject: Subject) -> Iterator[str]:
-    yield "pairs"
-    worked = 0
-    for depths in ((1, 1), (2, 2), (2, 6), (6, 12), (12, 12), (6, 4)):
-        mapper = subject.make()
-        try:
-            pairs = list(mapper(*depths))
-        except ValueError:  # it refuses these depths
-            continue
-        whole = all(len(pair) == 2 and {type(block) for block in pair} == {int} for pair in pairs)
-        require(whole, f"{pairs} are not pairs of integers")
-        require(pairs == list(mapper(*depths)), f"the pairs for depths {depths} are not the same twice")
-        try:
-            worked += len(layer_pairs(subject.entry.name, mapper, *depths))
-        except DistilyError as error:  # options may name blocks that small models lack
-            require(subject.options, str(error))
-    require(worked, "it refused every depth")
-
-
-def _projector(subject: Subject) -> Iterator[str]:
-    yield "projection"
-    worked = 0
-    for widths in ((8, 8), (6, 8), (8, 6)):
-        make = subject.make()
-        try:
-            module = make(*widths)
-        except ValueError:  # it refuses these widths
-            continue
-        require(isinstance(module, nn.Module), f"it made {type(module).__name__}, not a module")
-        module, features = module.double(), torch.randn(2, 3, widths[0], dtype=torch.float64, requires_grad=True)
-        projected = module(features)
-        require(projected.shape == (2, 3, widths[1]), f"widths {widths}: (2, 3, {widths[0]}) became {tuple(projected.shape)}")
-        close(module(features[1:, 1:2]), projected[1:, 1:2], 1e-9, "a row's projection depends on other rows")
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        gradients = torch.autograd.grad(projected.square().sum(), [features, *trained], allow_unused=True)
-        require(all(each is not None and each.isfinite().all() for each in gradients), "a gradient is missing or not finite")
-        worked += 1
-    require(worked, "it refused all widths")
-
-
-def _normalizer(subject: Subject) -> Iterator[str]:
-    yield "normalization"
-    normalize = subject.make()
-    for dtype in (torch.float32, torch.float64):
-        features = torch.randn(2, 3, 8, dtype=dtype)
-        features[0, 0] = 0.0
-        kept = features.clone()
-        result = normalize(features)
-        require(result.shape == kept.shape, f"{tuple(kept.shape)} became {tuple(result.shape)}")
-        require(result.dtype == dtype, f"{dtype} became {result.dtype}")
-        require(result.isfinite().all(), "a value is not finite; one row was 0")
-        require(torch.equal(features, kept), "it changed its argument in place")
-        close(normalize(kept[1:, 1:2]), result[1:, 1:2], 1e-6, "a row depends on other rows")
-        require(normalize(kept[1].requires_grad_()).requires_grad, "it cuts the gradient off")
-    yield "no host synchronisation"
-    normalize(torch.empty(2, 3, 8, device="meta"))
 
 
 def _tiny_llama(vocabulary: int = 32) -> Any:
@@ -254,9 +198,10 @@ def _logger(subject: Subject) -> Iterator[str]:
 
 CHECKS: dict[str, tuple[Callable[[Subject], Iterator[str]], ...]] = {
     "objectives": (numbers, relations, through_the_driver),
-    "layer_mappers": (_layer_mapper,),
-    "projectors": (_projector,),
-    "normalizers": (_normalizer,),
+    "layer_mappers": (layer_mappers,),
+    "projectors": (projectors,),
+    "normalizers": (normalizers,),
+    "combiners": (combiners,),
     "quantizers": (_quantizer,),
     "evaluators": (_evaluator,),
     "loggers": (_logger,),

@@ -16,13 +16,17 @@ from distily.evaluation import EvaluationContext, Evaluator, measure
 
 
 class Distilling(TrainerCallback):
-    """Hands the trainer's clock to a quantizer before each optimizer step."""
+    """Hands the trainer's clock to a quantizer before each optimizer step, and to the driver after it."""
 
-    def __init__(self, quantizer: Any, student: Any) -> None:
-        self.quantizer, self.student = quantizer, student
+    def __init__(self, driver: Driver, quantizer: Any, student: Any) -> None:
+        self.driver, self.quantizer, self.student = driver, quantizer, student
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.quantizer.on_progress(self.student, state.global_step, state.max_steps)
+        if self.quantizer is not None:
+            self.quantizer.on_progress(self.student, state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.driver.advance(state.global_step / max(1, state.max_steps))
 
 
 class DistillationTrainer(Trainer):
@@ -47,8 +51,7 @@ class DistillationTrainer(Trainer):
         self._tokens = self._logged_step = 0
         self._clock: float | None = None
         self._paused = 0.0
-        if quantizer is not None:
-            self.add_callback(Distilling(quantizer, self.model))
+        self.add_callback(Distilling(driver, quantizer, self.model))
 
     @property
     def progress(self) -> float:
@@ -89,6 +92,7 @@ class DistillationTrainer(Trainer):
             seconds = time.perf_counter() - self._clock - self._paused
             logs["train_seconds"] = seconds
             logs["tokens_per_second"] = self._tokens * ranks / max(seconds, 1e-9)
+            logs.update(self.driver.measurements())
             logs.update({f"train_{name}": value for name, value in memory.read().items()})
             self._restart()
         super().log(logs, start_time)

@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from distily.driver import ATTACHED
+from distily.driver import ATTACHED, Driver, local_teacher
 from distily.errors import DistilyError
 from distily.heads import OutputHead
 from distily.probes import check_native_logits, check_packing
@@ -87,9 +87,9 @@ def test_captured_projections_are_those_that_a_hand_made_split_gives(architectur
     network = tiny.model(architecture)
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     capture = FeatureCapture(network, [("hidden_states", 0), ("queries", 1), ("values", 1)])
-    with capture.opened() as features, torch.no_grad():
+    with capture.opened() as tensors, torch.no_grad():
         network(input_ids=ids)
-        caught = dict(features)
+        caught = {feature: capture.feature(feature, tensors) for feature in capture.wanted}
     hidden = caught["hidden_states", 0]
     if architecture == "llama":
         layer = network.model.layers[0]
@@ -152,7 +152,7 @@ def test_terms_parameters_live_on_the_student_while_it_trains_and_leave_with_the
     student, teacher = tiny.model(seed=1), tiny.model(seed=2, hidden_size=48)
     before = set(student.state_dict())
     driver = tiny.driver(student, teacher, "cosine:projector=linear")
-    assert {name for name, _ in student.named_parameters()} - before == {f"{ATTACHED}.cosine.projectors.0.weight"}
+    assert {name for name, _ in student.named_parameters()} - before == {f"{ATTACHED}.terms.cosine.learned.0.weight"}
     driver.detach()
     assert set(student.state_dict()) == before
 
@@ -192,7 +192,8 @@ def test_weights_and_schedules_scale_terms():
         for progress in (0.0, 0.25, 0.5, 1.0):
             with driver.step(batch[0], None, progress) as step:
                 student(**{key: batch[0][key] for key in ("input_ids", "attention_mask")})
-            forward, reverse = step.values["forward_kl"], step.values["reverse_kl"]
+            assert ("forward_kl" in step.values) == (progress < 1), "a term of weight 0 is not computed"
+            forward, reverse = step.values.get("forward_kl", 0.0), step.values.get("reverse_kl", 0.0)
             losses.append(step.loss)
             expected = (1 - progress) * forward + (1 - math.cos(math.pi * min(1, progress * 2))) * reverse
             assert math.isclose(step.loss, expected, rel_tol=1e-5)
@@ -251,9 +252,8 @@ def test_an_objective_with_parameters_of_its_own_trains_them():
 
     student, teacher = tiny.model(seed=1), tiny.model(seed=2)
     batch = tiny.collate(tiny.documents(4))
-    driver = tiny.driver(student, teacher, "forward_kl")
-    driver.detach()
-    driver.terms = torch.nn.ModuleDict({"learned": Term("learned", Learned(), Learned.description)})
+    terms = torch.nn.ModuleDict({"learned": Term("learned", Learned(), Learned.description)})
+    driver = Driver(terms, local_teacher(teacher, terms, tiny.VOCABULARY), tiny.VOCABULARY, chunk_rows=5)
     driver.attach(student)
     loss, gradients = tiny.accumulate(driver, student, [batch])
     supervised = batch["shift_labels"] != -100
@@ -263,7 +263,7 @@ def test_an_objective_with_parameters_of_its_own_trains_them():
     expected = own(mine, theirs).sum() / supervised.sum()
     expected.backward()
     assert tiny.distance(loss, expected.detach()) < 1e-5
-    assert torch.allclose(gradients[f"{ATTACHED}.learned.objective.scale"], own.scale.grad, rtol=1e-4)
+    assert torch.allclose(gradients[f"{ATTACHED}.terms.learned.learned.0.scale"], own.scale.grad, rtol=1e-4)
 
 
 def test_bf16_autocast_is_near_fp32():

@@ -48,26 +48,26 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_listed(python: Path, tmp_path: Path) -> None:
     listed = json.loads(run(python, "-m", "distily", "plugins", "list", "--json", cwd=tmp_path))
     assert {
-        "name": "tvd",
-        "module": "distily_tvd",
-        "distribution": "distily-tvd",
+        "name": "hellinger",
+        "module": "distily_hellinger",
+        "distribution": "distily-hellinger",
         "version": "0.1.0",
-        "components": {"objectives": ["tvd"]},
+        "components": {"objectives": ["hellinger"]},
         "error": None,
     } in listed
 
 
 def test_it_passes_the_kit(python: Path, tmp_path: Path) -> None:
-    checked = run(python, "-m", "distily", "plugins", "check", "tvd", cwd=tmp_path)
-    assert checked == "objective tvd: 13 checks passed\n"
+    checked = run(python, "-m", "distily", "plugins", "check", "hellinger", cwd=tmp_path)
+    assert checked == "objective hellinger: 13 checks passed\n"
 
 
 def test_it_trains(python: Path, tmp_path: Path) -> None:
-    words = ("--objective", "tvd:temperature=2", "--train", "max_steps=2", "--output-dir", "run")
+    words = ("--objective", "hellinger:temperature=2", "--train", "max_steps=2", "--output-dir", "run")
     small = ("data.samples=32", "data.eval_samples=4", "data.max_length=64", "train.logging_steps=1")
     run(python, "-m", "distily", "train", *words, *(f"--set={setting}" for setting in small), cwd=tmp_path)
     assert (tmp_path / "run" / "student" / "config.json").is_file()
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    values = [entry["term_tvd"] for entry in metrics if "term_tvd" in entry]
+    values = [entry["term_hellinger"] for entry in metrics if "term_hellinger" in entry]
     assert values
     assert all(0 < value <= 2 for value in values)  # a distance in [0, 1], times T

@@ -56,7 +56,7 @@ def test_the_plugin_example_is_a_sound_objective():
 
     scope: dict = {}
     exec(compile(BLOCKS[1], "README.md", "exec"), scope)
-    assert check_objective(scope["distily_objectives"]()["tvd"])
+    assert check_objective(scope["distily_objectives"]()["hellinger"])
 
 
 def test_the_plugin_is_short():

@@ -320,7 +320,7 @@ def test_options_are_checked_by_name() -> None:
     jsd = BUILT_IN.find("objectives", "jsd").factory
     with pytest.raises(DistilyError, match=r"option 'bta' is unknown; did you mean 'beta'"):
         check_objective(jsd, bta=0.3)
-    assert "gradient" in check_objective(jsd, beta=0.3, normalize=True)
+    assert "gradient" in check_objective(jsd, beta=0.3, normalize="beta")
 
 
 # --- the other kinds ---

@@ -9,6 +9,7 @@ import pytest
 from distily.errors import DistilyError
 from distily.plugins import Offered, load
 from distily.testing import (
+    check_combiner,
     check_evaluator,
     check_layer_mapper,
     check_logger,
@@ -23,17 +24,21 @@ CHECKS: dict[str, Any] = {
     "layer_mappers": check_layer_mapper,
     "projectors": check_projector,
     "normalizers": check_normalizer,
+    "combiners": check_combiner,
     "quantizers": check_quantizer,
     "evaluators": check_evaluator,
     "loggers": check_logger,
 }
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "jsd": [{"beta": 0.1, "normalize": True}],
+    "jsd": [{"beta": 0.1, "normalize": "beta"}],
     "sinkhorn": [{"value": "plan_cost"}, {"value": "dual", "rho": 1.0}],
     "index": [{"pairs": [[1, 2], [-1, -1]]}],
     "last_k": [{"k": 2}],
     "penultimate_k": [{"k": 2}],
     "linear": [{"bias": True}],
+    "pca": [{"frozen": True}],
+    "least_squares": [{"frozen": True}],
+    "whiten": [{"method": "cholesky"}],
     "ternary": [{"warmup": 0.0}, {"warmup": 1.0, "skip": ["o_proj"]}],
 }
 """Options besides the defaults, by component."""

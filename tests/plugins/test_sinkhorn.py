@@ -9,13 +9,15 @@ import doctest
 import math
 from collections.abc import Iterator
 
-import distily_sinkhorn
+import distily_sinkhorn.hidden
+import distily_sinkhorn.logits
+import distily_sinkhorn.solver
 import geomloss
 import numpy as np
 import ot
 import pytest
 import torch
-from distily_sinkhorn import sinkhorn
+from distily_sinkhorn import hidden_sinkhorn, sinkhorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
@@ -62,7 +64,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def own_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Solve on the CPU as on a GPU, without POT."""
-    monkeypatch.setattr(distily_sinkhorn, "_pot_solves", lambda *_: False)
+    monkeypatch.setattr(distily_sinkhorn.solver, "_pot_solves", lambda *_: False)
 
 
 class TestValue:
@@ -213,7 +215,7 @@ class TestAgainstSolvers:
             chosen["iterations"] = iterations
             by_pot = sinkhorn(student, teacher, **chosen), gradient(student, teacher, **chosen)
             with monkeypatch.context() as patch:
-                patch.setattr(distily_sinkhorn, "_pot_solves", lambda *_: False)
+                patch.setattr(distily_sinkhorn.solver, "_pot_solves", lambda *_: False)
                 by_us = sinkhorn(student, teacher, **chosen), gradient(student, teacher, **chosen)
             for theirs, ours in zip(by_pot, by_us, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
@@ -385,7 +387,7 @@ class TestResources:
         student, teacher = pair(6, 40)
         expected = value(student, teacher), gradient(student, teacher)
         for elements in (1, 30, 100):
-            monkeypatch.setattr(distily_sinkhorn, "SCRATCH_ELEMENTS", elements)
+            monkeypatch.setattr(distily_sinkhorn.logits, "SCRATCH_ELEMENTS", elements)
             assert value(student, teacher) == pytest.approx(expected[0], abs=1e-13)
             with Watch() as watch:
                 torch.testing.assert_close(gradient(student, teacher), expected[1])
@@ -401,6 +403,108 @@ class TestResources:
             gradient(student, teacher, value=kind, rho=rho)
         waits = {"_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select"}
         assert not waits & set(watch.largest)
+
+
+def states(rows: int = 7, width: int = 5, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class TestHiddenStates:
+    """``hidden_sinkhorn``: the same solver on other costs. Against POT and geomloss: ``tests/oracles/relations.py``."""
+
+    BOTH = pytest.mark.parametrize("cost", ["cosine", "squared"])
+
+    @BOTH
+    @pytest.mark.parametrize("position", [0.0, 0.1])
+    def test_equal_sets_give_exactly_nothing(self, cost: str, position: float) -> None:
+        teacher = states()
+        student = teacher.clone().requires_grad_()
+        rows = hidden_sinkhorn(student, teacher, cost=cost, position=position, iterations=3)
+        assert rows.eq(0).all()
+        rows.mean().backward()
+        assert student.grad.abs().max() < 1e-12
+
+    @BOTH
+    def test_another_order_counts_only_with_positions(self, cost: str) -> None:
+        teacher = states()
+        student = teacher.roll(1, 0)
+        chosen = {"cost": cost, "epsilon": 0.05, **CONVERGED}
+        assert abs(hidden_sinkhorn(student, teacher, **chosen).mean()) < 1e-9
+        assert hidden_sinkhorn(student, teacher, position=0.1, **chosen).mean() > 0.01
+
+    @BOTH
+    def test_small_epsilon_is_the_best_assignment(self, cost: str) -> None:
+        student, teacher = states(), states(seed=1)
+        if cost == "cosine":
+            costs = 1 - torch.nn.functional.cosine_similarity(student[:, None], teacher[None], dim=-1)
+        else:
+            costs = (student[:, None] - teacher[None]).square().mean(-1)
+        positions = torch.arange(7)
+        costs = costs + 0.3 * (positions[:, None] - positions).abs() / 7
+        expected = costs.numpy()[linear_sum_assignment(costs)].mean()
+        got = hidden_sinkhorn(student, teacher, cost=cost, position=0.3, epsilon=2e-3, value="plan_cost", **CONVERGED).mean()
+        assert got.item() == pytest.approx(expected, abs=2e-3 * costs.median().item() * math.log(7))
+
+    def test_the_blur_follows_the_size_of_the_states(self) -> None:
+        """So the value of squared costs has their unit, and that of cosines none."""
+        student, teacher = states(), states(seed=1)
+        for cost, factor in (("squared", 100.0), ("cosine", 1.0)):
+            small, large = (hidden_sinkhorn(size * student, size * teacher, cost=cost) for size in (1, 10))
+            torch.testing.assert_close(large, factor * small)
+
+    @BOTH
+    def test_the_gradient_is_that_of_the_mean_with_the_unit_held(self, cost: str) -> None:
+        """Differences move the median; epsilon moves against it, so that the blur in units of the cost stays."""
+        student, teacher = states(4, 3), states(4, 3, seed=1)
+        chosen = {"cost": cost, "epsilon": 0.5, "iterations": 500, "tolerance": 1e-15}
+        direction = states(4, 3, seed=2)
+
+        def median(moved: torch.Tensor) -> float:
+            angles = torch.nn.functional.cosine_similarity(moved[:, None], teacher[None], dim=-1)
+            return (1 - angles if cost == "cosine" else (moved[:, None] - teacher[None]).square().mean(-1)).median().item()
+
+        def at(step: float) -> float:
+            moved = student + step * direction
+            held = {**chosen, "epsilon": chosen["epsilon"] * median(student) / median(moved)}
+            return hidden_sinkhorn(moved, teacher, **held).mean().item()
+
+        leaf = student.clone().requires_grad_()
+        hidden_sinkhorn(leaf, teacher, **chosen).mean().backward()
+        expected = (at(1e-5) - at(-1e-5)) / 2e-5
+        assert (leaf.grad * direction).sum().item() == pytest.approx(expected, rel=1e-6)
+
+    @BOTH
+    @pytest.mark.parametrize("value", ["divergence", "dual", "plan_cost"])
+    def test_rows_without_any_distance(self, cost: str, value: str) -> None:
+        """One row, rows that are all the same, rows of zeros: values and gradients stay finite."""
+        for teacher in (states(1), torch.ones(5, 3, dtype=torch.float64), torch.zeros(5, 3, dtype=torch.float64)):
+            student = teacher.clone().requires_grad_()
+            rows = hidden_sinkhorn(student, teacher, cost=cost, value=value)
+            rows.mean().backward()
+            assert rows.isfinite().all()
+            assert student.grad.isfinite().all()
+
+    def test_squares_do_not_cancel_in_float32(self) -> None:
+        """A dimension of 1000 in every state, as decoders have it, would leave nothing of |a|² + |b|² − 2ab."""
+        student, teacher = (
+            torch.cat([side, torch.full((7, 1), 1000.0, dtype=torch.float64)], 1) for side in (states(), states(seed=1))
+        )
+        expected = hidden_sinkhorn(student, teacher, cost="squared")
+        torch.testing.assert_close(
+            hidden_sinkhorn(student.float(), teacher.float(), cost="squared").double(), expected, rtol=1e-3, atol=1e-5
+        )
+
+    @pytest.mark.usefixtures("own_sweeps")
+    @BOTH
+    def test_memory_is_that_of_the_states_and_of_the_costs(self, cost: str) -> None:
+        student, teacher = states(12, 300).requires_grad_(), states(12, 300, seed=1)
+        with Watch() as watch:
+            hidden_sinkhorn(student, teacher, cost=cost, position=0.1, iterations=2).mean().backward()
+        assert max(watch.largest.values()) <= max(3 * 12 * 12, 12 * 300)
+        assert not {"_local_scalar_dense", "nonzero", "equal"} & set(watch.largest)
+
+    def test_the_docstrings_example(self) -> None:
+        assert doctest.testmod(distily_sinkhorn.hidden) == (0, 3)
 
 
 @pytest.mark.gpu
@@ -444,9 +548,9 @@ class TestOnAGpu:
 
 class TestContract:
     def test_hook_and_description(self) -> None:
-        assert distily_sinkhorn.distily_objectives() == {"sinkhorn": sinkhorn}
+        assert distily_sinkhorn.distily_objectives()["sinkhorn"] is sinkhorn
         described = sinkhorn.description
-        assert (described.granularity, described.on) == ("row_set", ("logits",))
+        assert (described.granularity, described.on) == ("row_set", ("logits", "logit_lens"))
         assert described.temperature_scale == "t"
         assert described.zero_at_equality
 
@@ -479,4 +583,4 @@ class TestContract:
         assert not mistakes("sinkhorn", {name: known[name].default for name in known}, known)
 
     def test_the_docstrings_example(self) -> None:
-        assert doctest.testmod(distily_sinkhorn) == (0, 3)
+        assert doctest.testmod(distily_sinkhorn.logits) == (0, 3)
