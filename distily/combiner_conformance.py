@@ -54,6 +54,11 @@ def _measured(combiner: Combiner, *shape: int, seed: int = 0) -> Tensor:
     return _gram(torch.randn(*shape, terms, 5, generator=generator, dtype=torch.float64) * torch.arange(1, terms + 1)[:, None])
 
 
+def _values(combiner: Combiner, measured: Tensor) -> Tensor:
+    """The terms' values beside what was measured of them, ``(K,)``."""
+    return measured if combiner.measures == "values" else measured.diagonal(dim1=-2, dim2=-1).square()
+
+
 def _gram(gradients: Tensor) -> Tensor:
     return gradients @ gradients.mT
 
@@ -102,7 +107,7 @@ def _coefficients(combiner: Combiner) -> Iterator[str]:
             moved = copy.deepcopy(combiner)
             for when in ("", ", after a step of them")[: 2 if combiner.state_dict() else 1]:
                 require(moved.coefficients(measured.to(dtype)).isfinite().all(), f"{what}{when}: a coefficient is not finite")
-                moved.advance(measured.to(dtype), 0.0)
+                moved.advance(measured.to(dtype), _values(combiner, measured).to(dtype), 0.0)
     if combiner.measures == "gradients":
         yield "matrices"
         many = _measured(combiner, 6)
@@ -121,7 +126,7 @@ def _state(subject: Subject, combiner: Combiner) -> Iterator[str]:
     _same(before, combiner, "coefficients changed the state")
     yield "advance"
     for step, measured in enumerate(steps):
-        combiner.advance(measured, step / STEPS)
+        combiner.advance(measured, _values(combiner, measured), step / STEPS)
     require(torch.equal(kept, steps[0]), "it changed what was measured in place")
     moved, steps[-1][...] = copy.deepcopy(combiner.state_dict()), 0.0
     _same(moved, combiner, "the state is a view of what was measured")
@@ -132,7 +137,7 @@ def _state(subject: Subject, combiner: Combiner) -> Iterator[str]:
     assert restored is not None
     restored.load_state_dict(combiner.state_dict())
     for each in (combiner, restored):
-        each.advance(kept, 1.0)
+        each.advance(kept, _values(each, kept), 1.0)
     require(
         torch.equal(restored.coefficients(kept), combiner.coefficients(kept)),
         "restored from its state it gives other coefficients",
@@ -151,7 +156,7 @@ def _state(subject: Subject, combiner: Combiner) -> Iterator[str]:
 
 
 def _step(combiner: Combiner, measured: Tensor) -> None:
-    combiner.advance(measured, 0.5)
+    combiner.advance(measured, _values(combiner, measured), 0.5)
     combiner.coefficients(measured)
     combiner.report()
 

@@ -42,8 +42,11 @@ class Combiner(nn.Module):
         """Gram matrices ``(…, K, K)``, or values ``(K,)``, to coefficients ``(…, K)``. Pure: it reads state, but changes none."""
         raise NotImplementedError
 
-    def advance(self, measured: Tensor, progress: float) -> None:
-        """Moves the state, once per optimizer step, with what was measured over the global batch; before ``coefficients``."""
+    def advance(self, measured: Tensor, values: Tensor, progress: float) -> None:
+        """Moves the state, once per optimizer step, with what was measured over the global batch; before ``coefficients``.
+
+        ``values`` (K,): the terms' own values; where gradients meet, weighted, as their gradients are.
+        """
 
     def report(self) -> dict[str, Tensor]:
         """Further numbers for the log, by name."""

@@ -64,6 +64,7 @@ class Step:
         self.observer = observer
         self.loss: Tensor | None = None
         self.nothing: Tensor | None = None
+        self.logit_loss = items.new_zeros((), dtype=torch.float32)
         self.values: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.feature_gradients = FeatureGradients(driver.meetings)
@@ -243,6 +244,9 @@ class Driver:
                     meeting=meeting if torch.is_grad_enabled() else None,
                 )
             loss, values, step.gradients = chunked_loss(walk, rows)
+            step.logit_loss = loss.detach()
+            if walk.meeting is not None:
+                walk.meeting.observe([values[key] * weight for key, weight in walk.weights.items()])
             step.values.update({term.key: values[term.key] for term in terms if self._is_active(term, step)})
             step.add(loss)
         return nothing(hidden_states)
@@ -281,7 +285,7 @@ class Driver:
             step.observer.features(self.rows(step, step.tensors))
             return
         meet = bool(self.meetings) and torch.is_grad_enabled()
-        places = {place for term in terms for feature in term.student_features for place in self.capture.places(feature)}
+        places = {place for term in terms for place in self._places(term)}
         leaves = {place: step.tensors[place].detach().requires_grad_() for place in places} if meet else {}
         rows = self.rows(step, {**step.tensors, **leaves})
         weighted = []
@@ -297,7 +301,13 @@ class Driver:
             parameters = list({id(p): p for term in terms for p in term.parameters() if p.requires_grad}.values())
             total = step.feature_gradients.add(total, named, parameters)
             self._steps.append(step)
+            for place in leaves:
+                here = [value for term, value in zip(terms, weighted, strict=True) if place in self._places(term)]
+                self.meetings[_name(place)].observe([step.logit_loss, torch.stack(here).sum()])
         step.add(total)
+
+    def _places(self, term: Term) -> set[Place]:
+        return {place for feature in term.student_features for place in self.capture.places(feature)}
 
     def finish(self, step: Step) -> None:
         """The rest of the loss once the student's forward is over; no trained parameter is left without a gradient."""

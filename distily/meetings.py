@@ -53,8 +53,8 @@ class Meeting(Adaptive):
         self.register_buffer("gram", torch.zeros(terms, terms, dtype=torch.float64))
         self.register_buffer("weight", torch.zeros((), dtype=torch.float64))
         self.register_buffer("current", torch.ones(terms, dtype=torch.float64))
-        # the Gram matrix, the squared length of what was taken away, the coefficients' sum and their number
-        self.register_buffer("pending", torch.zeros(terms * terms + 1 + terms + 1, dtype=torch.float64), persistent=False)
+        # the Gram matrix, the terms' values, the squared length of what was taken away, the coefficients' sum and their number
+        self.register_buffer("pending", torch.zeros(terms * terms + 2 * terms + 2, dtype=torch.float64), persistent=False)
         self.log: dict[str, Tensor] = {}
 
     def combine(self, gradients: Sequence[Tensor]) -> Tensor:
@@ -70,21 +70,27 @@ class Meeting(Adaptive):
         removed = (torch.stack(list(gradients)).sum(0) - combined).double().square().sum()
         rows = coefficients.double().reshape(-1, self.terms)
         number = rows.new_full((1,), rows.shape[0])
-        self.pending += torch.cat([whole.reshape(-1), removed[None], rows.sum(0), number])
+        values = rows.new_zeros(self.terms)
+        self.pending += torch.cat([whole.reshape(-1), values, removed[None], rows.sum(0), number])
         return combined
 
-    def advance(self, progress: float) -> None:
+    def observe(self, values: Sequence[Tensor]) -> None:
+        """Takes in the weighted values of the K terms on a micro-batch."""
         size = self.terms**2
-        gram, removed = self.pending[:size].view(self.terms, self.terms), self.pending[size]
-        applied = self.pending[size + 1 : -1] / self.pending[-1].clamp(min=1)
+        self.pending[size : size + self.terms] += torch.stack([value.detach().double() for value in values])
+
+    def advance(self, progress: float) -> None:
+        k = self.terms
+        gram, values, removed, applied, number = self.pending.split([k * k, k, 1, k, 1])
+        gram, applied = gram.view(k, k), applied / number.clamp(min=1)
         if self.scope == "step":
             self.gram.lerp_(gram, 1.0 - self.decay)
             self.weight.lerp_(torch.ones_like(self.weight), 1.0 - self.decay)
             gram = self.gram / self.weight
-        self.combiner.advance(gram, progress)
+        self.combiner.advance(gram, values, progress)
         if self.scope == "step":
             self.current.copy_(self.combiner.coefficients(gram))
-        self._record(gram, removed, applied)
+        self._record(gram, removed[0], applied)
 
     def _record(self, gram: Tensor, removed: Tensor, applied: Tensor) -> None:
         others = self.pending[: self.terms**2].view(self.terms, self.terms)[1:, 1:].sum().clamp(min=1e-60)
@@ -109,7 +115,7 @@ class ValueMeeting(Adaptive):
         self.log: dict[str, Tensor] = {}
 
     def advance(self, progress: float) -> None:
-        self.combiner.advance(self.pending, progress)
+        self.combiner.advance(self.pending, self.pending, progress)
         self.log = {f"weight_{k}": value for k, value in enumerate(self.current.clone())} | self.combiner.report()
         self.current.copy_(self.combiner.coefficients(self.pending))
 
@@ -122,11 +128,15 @@ def advance(loss: nn.Module, progress: float) -> None:
     pending = torch.cat([module.pending.reshape(-1).double() for module in modules])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(pending)
+    finite = pending.isfinite().all()  # a step with an infinite loss moves no state
     offset = 0
     for module in modules:
         size = module.pending.numel()
-        module.pending.copy_(pending[offset : offset + size].view(module.pending.shape))
+        kept = [buffer.clone() for buffer in module.buffers()]
+        module.pending.copy_(pending[offset : offset + size].nan_to_num(0.0, 0.0, 0.0).view(module.pending.shape))
         module.advance(progress)
+        for buffer, before in zip(module.buffers(), kept, strict=True):
+            buffer.copy_(torch.where(finite, buffer, before))
         module.pending.zero_()
         offset += size
 

@@ -115,18 +115,25 @@ class Term(nn.Module):
 
     def matches(self, student: Sequence[Tensor], teacher: Sequence[Tensor], inputs: Mapping[str, Any]) -> list[Any]:
         """What is compared: rows of every pair, P times ``(N, Hs)`` and ``(N, Ht)``, projected, normalised and matched."""
-        pairs = [
-            self._matched(pair, upcast(mine), upcast(theirs))
-            for pair, (mine, theirs) in enumerate(zip(student, teacher, strict=True))
-        ]
+        rows = self._projected([upcast(each) for each in student])
+        pairs = [self._normalized(pair, *sides) for pair, sides in enumerate(zip(rows, map(upcast, teacher), strict=True))]
         mine, theirs = ([pair[side] for pair in pairs] for side in range(2))
         if self.description.stacked:
             return [(torch.stack(mine, 1), torch.stack(theirs, 1))]
         return self.mapping.matches(mine, theirs, inputs["sequence_ids"])
 
-    def _matched(self, pair: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        if self.projectors:
-            student = self.projectors[pair](student)
+    def _projected(self, student: list[Tensor]) -> list[Tensor]:
+        """The student's rows of every pair after its projector; pairs that share block and projector share the product."""
+        if not self.projectors:
+            return student
+        keys = [(id(projector), block) for projector, (block, _) in zip(self.projectors, self.pairs, strict=True)]
+        made: dict[tuple[int, int], Tensor] = {}
+        for key, projector, rows in zip(keys, self.projectors, student, strict=True):
+            if key not in made:
+                made[key] = projector(rows)
+        return [made[key] for key in keys]
+
+    def _normalized(self, pair: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         if not self.normalizers:
             return student, teacher
         normalizer = self.normalizers[pair]
@@ -256,4 +263,9 @@ class _Connection:
         normalizer = self.builder.build("normalizers", after)
         if not isinstance(getattr(normalizer, "func", None), type):
             return [normalizer for _ in self.widths]
+        if self._projector() is None and any(mine != theirs for mine, theirs in self.widths):
+            raise DistilyError(
+                f"objective {self.key}: normalizer {after.name} holds the teacher's statistics, and the student's width is another; "
+                "allowed: with a projector, such as projector=linear."
+            )
         return [normalizer(theirs) for _, theirs in self.widths]

@@ -18,6 +18,7 @@ from distily import hookimpl
 from distily.geometry import SMALLEST, centered, unit
 from distily.objectives import FEATURES, row_set_objective
 from distily.schema import Between
+from distily.similarity import SMALLEST_SET, linear_cka
 
 MaxRows = Annotated[int, Between(1)]
 
@@ -30,15 +31,6 @@ def _nothing(student: Tensor) -> Tensor:
 def _entire_unit(rows: Tensor) -> Tensor:
     """Centred, and of length 1 over all entries."""
     return unit(centered(rows), dim=(0, 1))
-
-
-def _hollow_centered(gram: Tensor) -> Tensor:
-    """The unbiased centring (U-centring) of a similarity matrix whose diagonal is left out."""
-    n = gram.shape[0]
-    others = 1.0 - torch.eye(n, dtype=gram.dtype, device=gram.device)
-    hollow = gram * others
-    sums = hollow.sum(0)
-    return (hollow - (sums[:, None] + sums) / (n - 2) + sums.sum() / ((n - 1) * (n - 2))) * others
 
 
 @row_set_objective(
@@ -70,13 +62,9 @@ def cka(student: Tensor, teacher: Tensor, *, debiased: bool = True, max_rows: Ma
     tensor(True)
     """
     del max_rows  # the driver reads it before it draws the rows
-    if len(student) < (4 if debiased else 2):
+    if len(student) < (SMALLEST_SET if debiased else 2):
         return _nothing(student)
-    a, b = (_entire_unit(rows) for rows in (student, teacher))
-    rounding = 16.0 * torch.finfo(a.dtype).eps
-    grams = (_hollow_centered(rows @ rows.T) if debiased else rows @ rows.T for rows in (a, b))
-    first, second = (unit(torch.where(torch.linalg.matrix_norm(gram) > rounding, gram, 0.0), dim=(0, 1)) for gram in grams)
-    return (1.0 - (first * second).sum()).expand(len(student))
+    return (1.0 - linear_cka(student, teacher, unbiased=debiased)).expand(len(student))
 
 
 def _whitened(rows: Tensor, most: int, variance: float) -> tuple[Tensor, Tensor]:

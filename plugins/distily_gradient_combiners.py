@@ -173,7 +173,7 @@ class GradientWeighted(Combiner):
         factors = torch.where(self.off, 0.0, _balance(measured, self.kappa).clamp(max=1.0))
         return _projected(measured, factors, cosines(measured)[..., 0, 1:] < -self.threshold)
 
-    def advance(self, measured: Tensor, progress: float) -> None:
+    def advance(self, measured: Tensor, values: Tensor, progress: float) -> None:
         self.smoothed.lerp_(cosines(measured)[0, 1:].to(self.smoothed), 1.0 - self.ema_decay)
         opposed = self.smoothed < self.off_cosine
         self.opposed_since.copy_(torch.where(opposed, self.opposed_since.clamp(max=progress), torch.inf))
@@ -188,13 +188,12 @@ class GradientWeighted(Combiner):
 class GradNorm(Combiner):
     """Weights that bring all terms' gradients to one length, tilted towards terms that learn slowly.
 
-    Shapes: ``(…, K, K) -> (…, K)``. With G_k = w_k ‖g_k‖, Ḡ their mean and r_k a term's training rate over the mean of all terms, w
-    descends Σ_k |G_k − Ḡ r_k^α| with the targets held constant, then Σ w = K. At α = 0 it settles where w_k ∝ 1 / ‖g_k‖.
+    Shapes: ``(…, K, K) -> (…, K)``. With G_k = w_k ‖g_k‖, Ḡ their mean and r_k the share L_k / L_k(0) of a term's loss that is left,
+    over the mean of all terms, w descends Σ_k |G_k − Ḡ r_k^α| with the targets held constant, then Σ w = K. At α = 0 it settles where
+    w_k ∝ 1 / ‖g_k‖.
 
-    Two departures from the paper. Its training rate is L_k / L_k(0); here, where gradients meet, no term's value is known, and
-    ‖g_k‖² / ‖g_k(0)‖² stands for it, which is the same for losses that are quadratic around a minimum of 0. And a step goes along the
-    paper's gradient in ln w, and has the length of ``learning_rate``: ‖g_k‖ has units, and in w steps of that size overshoot where
-    norms differ by orders of magnitude.
+    One departure from the paper: a step goes along its gradient in ln w, and has the length of ``learning_rate``: ‖g_k‖ has units, and
+    in w steps of that size overshoot where norms differ by orders of magnitude.
 
     Options: ``alpha``, how much slower terms get. ``learning_rate``, the relative change of a weight in one update. ``every``, optimizer
     steps from one update to the next.
@@ -202,7 +201,7 @@ class GradNorm(Combiner):
     Source: Chen, Badrinarayanan, Lee, Rabinovich 2018, arXiv:1711.02257. Shown for vision.
 
     >>> combiner = GradNorm(2, alpha=0.0, every=1)
-    >>> for step in range(100): combiner.advance(torch.tensor([[9.0, 0.0], [0.0, 1.0]]), step / 100)
+    >>> for step in range(100): combiner.advance(torch.tensor([[9.0, 0.0], [0.0, 1.0]]), torch.ones(2), step / 100)
     >>> combiner.coefficients(torch.eye(2))
     tensor([0.4995, 1.5005])
     """
@@ -228,10 +227,11 @@ class GradNorm(Combiner):
     def coefficients(self, measured: Tensor) -> Tensor:
         return self.weights.to(measured.dtype).expand(measured.shape[:-1])
 
-    def advance(self, measured: Tensor, progress: float) -> None:
+    def advance(self, measured: Tensor, values: Tensor, progress: float) -> None:
         lengths = norms(measured).to(self.weights)
-        self.first.copy_(torch.where(self.first == 0, lengths, self.first))
-        rates = divide(lengths, self.first).square()
+        values = values.clamp(min=0).to(self.first)
+        self.first.copy_(torch.where(self.first == 0, values, self.first))
+        rates = divide(values, self.first)
         sizes = self.weights * lengths
         targets = sizes.mean() * divide(rates, rates.mean()) ** self.alpha
         moved = self.weights * torch.exp(-self.learning_rate * torch.sign(sizes - targets))

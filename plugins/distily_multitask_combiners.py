@@ -175,7 +175,7 @@ class GradVac(Combiner):
             rows[..., j] += torch.where(found < goal, turn, 0.0) * (1 - own[..., j])
         return rows.sum(-2).to(measured.dtype)
 
-    def advance(self, measured: Tensor, progress: float) -> None:
+    def advance(self, measured: Tensor, values: Tensor, progress: float) -> None:
         self.goal.lerp_(cosines(measured).clamp(-0.999, 0.999).to(self.goal), 1.0 - self.ema_decay)
 
     def report(self) -> dict[str, Tensor]:

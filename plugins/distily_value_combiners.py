@@ -83,7 +83,7 @@ class EmaNormalized(_OfValues):
         untouched = primary | (self.means == 0).all()
         return torch.where(untouched, 1.0, ratios.clamp(1e-3, 1e3)).to(measured.dtype)
 
-    def advance(self, measured: Tensor, progress: float) -> None:
+    def advance(self, measured: Tensor, values: Tensor, progress: float) -> None:
         if progress <= self.freeze_after:
             self.means.lerp_(measured.clamp(min=0).to(self.means), 1.0 - self.ema_decay)
 
@@ -126,8 +126,8 @@ class Uncertainty(_OfValues):
     def coefficients(self, measured: Tensor) -> Tensor:
         return (-self.log_variances).exp().to(measured.dtype)
 
-    def advance(self, measured: Tensor, progress: float) -> None:
-        values = measured.clamp(min=0).to(self.log_variances)
+    def advance(self, measured: Tensor, values: Tensor, progress: float) -> None:
+        values = values.clamp(min=0).to(self.log_variances)
         current = torch.where(self.started, self.log_variances, values.log().clamp(min=-6.0))
         slope = 0.5 * (1 - (-current).exp() * values).clamp(min=-1.0)
         self.log_variances.copy_((current - self.learning_rate * slope).clamp(min=-6.0))
@@ -174,7 +174,7 @@ class Dwa(_OfValues):
         rates = torch.where(self.before == 0, 1.0, divide(self.last, self.before))
         return (self.terms * torch.softmax(rates / self.temperature, 0)).to(measured.dtype)
 
-    def advance(self, measured: Tensor, progress: float) -> None:
+    def advance(self, measured: Tensor, values: Tensor, progress: float) -> None:
         self.sums += measured.clamp(min=0).to(self.sums)
         self.steps += 1
         whole = self.steps % self.window == 0

@@ -246,3 +246,37 @@ def test_two_ranks_are_one_process(spec, scope, tmp_path):
     port = 20_000 + (os.getpid() * 7 + len(spec)) % 20_000
     multiprocessing.spawn(_rank, (2, spec, scope, port, str(result)), nprocs=2)
     assert_same(pickle.loads(result.read_bytes()), single, 1e-9)
+
+
+# --- steps that went wrong, and the values beside the gradients ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["gradient_weighted", "gradnorm", "ema_normalized"])
+def test_a_step_with_an_infinite_loss_moves_no_state(spec):
+    student, teacher = pair()
+    driver = tiny.driver(student, teacher, *MIXED, combination=combination(spec))
+    tiny.accumulate(driver, student, [tiny.collate(tiny.documents(8))])
+    driver.advance(0.1)
+    before = {name: value.clone() for name, value in driver.loss.state_dict().items()}
+    for module in driver.loss.modules():
+        if "pending" in dict(module.named_buffers(recurse=False)):
+            module.pending.fill_(float("nan"))
+    driver.advance(0.2)
+    assert all(torch.equal(value, before[name]) for name, value in driver.loss.state_dict().items())
+
+
+def test_a_meeting_knows_the_weighted_values_of_its_terms(monkeypatch):
+    from distily.meetings import Meeting
+
+    seen = {}
+    monkeypatch.setattr(Meeting, "advance", lambda self, progress: seen.update({id(self): self.pending.clone()}))
+    _, _, driver = run(MIXED, "sum", (3, 5))
+    _, _, plain = run(MIXED)
+    student, batch = plain.student, tiny.collate(tiny.documents(8))
+    with torch.no_grad(), plain.step(batch, None, 0.0, 3) as step:
+        student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    logits = [float(step.values["forward_kl"]), 0.2 * float(step.values["cross_entropy"])]
+    values = {name: seen[id(meeting)][4:6].tolist() for name, meeting in driver.meetings.items()}
+    assert values["logits"] == pytest.approx(logits, rel=1e-6)
+    assert values["hidden_states_1"] == pytest.approx([sum(logits), 0.05 * float(step.values["mse"])], rel=1e-6)
+    assert values["queries_1"] == pytest.approx([sum(logits), float(step.values["cosine"])], rel=1e-6)

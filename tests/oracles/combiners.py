@@ -129,6 +129,13 @@ def surgery(rows: Tensor) -> Tensor:
     return total
 
 
+def turned_against_itself() -> float:
+    """Three gradients of which the last, without what opposes the others, points away from where it was; that is left as it is."""
+    angles = torch.tensor([150.0, 210.0, 0.0], dtype=torch.float64).deg2rad()
+    rows = torch.stack([angles.cos(), angles.sin()], 1)
+    return apart(combined("pcgrad", rows), surgery(rows))
+
+
 def vaccinated() -> float:
     """Eight steps; torchjd moves its goal after each use."""
     import torchjd.aggregation
@@ -138,7 +145,7 @@ def vaccinated() -> float:
     for seed in range(8):
         rows = gradients(2, seed)
         errors.append(apart(ours.coefficients(rows @ rows.T) @ rows, peer(rows)))
-        ours.advance(rows @ rows.T, 0.0)
+        ours.advance(rows @ rows.T, rows.new_ones(len(rows)), 0.0)
     return worst(errors)
 
 
@@ -146,7 +153,7 @@ def turned_to_the_goal() -> float:
     """Each gradient of two, once turned, has the cosine ρ with the other one; the update is their sum."""
     ours = component("combiners", "gradvac", ema_decay=0.0)(2)
     goal, rows = torch.tensor([[1.0, 0.3], [0.3, 1.0]], dtype=torch.float64), gradients(2, 1)
-    ours.advance(goal, 0.0)
+    ours.advance(goal, goal.new_ones(2), 0.0)
 
     def turned(vector: Tensor, other: Tensor) -> Tensor:
         def excess(factor: float) -> float:
@@ -220,15 +227,16 @@ def equal_lengths() -> float:
     for step in range(60):
         rows = gradients(3, step)
         lengths = rows.norm(dim=1)
-        first = lengths if first is None else first
+        losses = torch.from_numpy(values(step))
+        first = losses if first is None else first
         if step % 2 == 0:
             logarithms = weights.log().requires_grad_()
             sizes = logarithms.exp() * lengths
-            rates = (lengths / first) ** 2
+            rates = losses / first
             targets = (sizes.mean() * (rates / rates.mean()) ** 1.5).detach()
             (slope,) = torch.autograd.grad((sizes - targets).abs().sum(), logarithms)
             weights = torch.softmax(logarithms.detach() - 0.02 * slope / sizes.detach(), 0) * 3
-        ours.advance(rows @ rows.T, step / 60)
+        ours.advance(rows @ rows.T, losses, step / 60)
         errors.append(apart(ours.coefficients(rows @ rows.T), weights))
     return worst(errors)
 
@@ -246,7 +254,8 @@ def run_of(name: str, steps: int, **options: Any) -> np.ndarray:
     """The coefficients of a combiner of values after these steps."""
     ours = component("combiners", name, **options)(3)
     for step in range(steps):
-        ours.advance(torch.from_numpy(values(step)), step / 100)
+        measured = torch.from_numpy(values(step))
+        ours.advance(measured, measured, step / 100)
     return ours.coefficients(torch.from_numpy(values(steps - 1))).numpy()
 
 
@@ -278,7 +287,7 @@ def sum_of_logarithms() -> float:
     """At rest the paper's loss is Σ ½ (1 + ln L), found by scipy's minimiser."""
     still, ours = torch.tensor([2.0, 0.05, 30.0]), component("combiners", "uncertainty", start="zero", learning_rate=0.5)(3)
     for _ in range(500):
-        ours.advance(still, 0.0)
+        ours.advance(still, still, 0.0)
     rest = scipy.optimize.minimize_scalar
     least = sum(rest(lambda u, L=float(each): 0.5 * math.exp(-u) * L + 0.5 * u).fun for each in still)
     half = ours.coefficients(still.double()) / 2
@@ -383,6 +392,7 @@ CASES: list[Case | Check] = [
     update("D10", "project_auxiliary", "numpy least squares on vectors", projected),
     update("D11", "pcgrad", "torchjd PCGrad", torchjd("PCGrad", scale=1.0), terms=(2,)),
     update("D11", "pcgrad", "published algorithm on vectors", surgery, terms=(2, 3, 4), note="torchjd draws the order of three or more"),
+    Check("D11", "pcgrad", "likewise, where a gradient comes to oppose itself", "gradient", turned_against_itself, 1e-12),
     Check("D12", "gradvac", "torchjd GradVac over 8 steps", "gradient", vaccinated, 1e-6, "torchjd adds 1e-8 to denominators"),
     Check("D12", "gradvac", "scipy brentq on the angle", "gradient", turned_to_the_goal, 1e-12),
     update("D13", "mgda", "torchjd MGDA", torchjd("MGDA"), terms=(2,), note="torchjd's Frank-Wolfe stops early for three or more"),
