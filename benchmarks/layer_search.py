@@ -25,8 +25,8 @@ import transformers
 from distily import data, distill, models
 from distily.config import StudentConfig, TeacherConfig, resolve
 from distily.environment import commit, machine, versions
-from distily.features import decoder_blocks
 from distily.layer_search import monotone, search_layers, similarity_matrix
+from distily.loss.features import decoder_blocks
 from distily.plugins import Plugins, load
 from distily.sources import load_documents
 

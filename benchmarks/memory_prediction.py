@@ -24,12 +24,12 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, TrainingArguments
 
 from distily.data import Collator
-from distily.driver import Driver
+from distily.loss.driver import Driver
+from distily.loss.terms import build_terms
 from distily.plugins import Plugins, load
 from distily.prediction import MemoryPrediction, predict_memory
 from distily.spec import parse_component
 from distily.teachers import LocalTeacher
-from distily.terms import build_terms
 from distily.trainer import DistillationTrainer
 
 STEPS = 4

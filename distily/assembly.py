@@ -17,17 +17,17 @@ from transformers import Trainer
 
 from distily import data, models, probes
 from distily.arguments import kept_checkpoints, training_arguments
-from distily.calibration import calibrate
 from distily.config import RunConfig
-from distily.driver import Driver, local_teacher
 from distily.errors import DistilyError
 from distily.evaluation import EvaluationContext, Evaluator
 from distily.heldout import HeldOut
 from distily.loggers import Logger
-from distily.meetings import combination
+from distily.loss.calibration import calibrate
+from distily.loss.driver import Driver, local_teacher
+from distily.loss.meetings import combination
+from distily.loss.terms import build_terms
 from distily.plugins import Plugins
 from distily.spec import Component
-from distily.terms import build_terms
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distily.errors import DistilyError, wrong
-from distily.features import decoder_blocks
+from distily.loss.features import decoder_blocks
 
 
 def copy_outside_blocks(student: Any, teacher: Any) -> None:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distily.driver import ATTACHED
 from distily.files import whole_folder, write_text
+from distily.loss.driver import ATTACHED
 
 
 def export_student(student: Any, tokenizer: Any, quantizer: Any | None, folder: Path, extra: dict[str, str]) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from distily.batch import model_inputs, supervise
-from distily.driver import default_chunk_rows
 from distily.evaluation import TokenFunction
-from distily.heads import OutputHead, select
+from distily.loss.driver import default_chunk_rows
+from distily.loss.heads import OutputHead, select
 
 
 class HeldOut:

@@ -20,10 +20,10 @@ from distily.batch import model_inputs, supervise
 from distily.config import RunConfig
 from distily.environment import versions
 from distily.errors import DistilyError
-from distily.features import FeatureCapture, decoder_blocks
 from distily.files import write_json
-from distily.heads import select
 from distily.layers import LayerPair, layer_pairs
+from distily.loss.features import FeatureCapture, decoder_blocks
+from distily.loss.heads import select
 from distily.plugins import Plugins
 from distily.similarity import SMALLEST_SET, linear_hsic
 from distily.sources import load_documents

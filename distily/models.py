@@ -14,8 +14,8 @@ from torch import nn
 from distily.config import StudentConfig, TeacherConfig
 from distily.embeddings import copy_outside_blocks, transfer_embeddings
 from distily.errors import DistilyError, nearest, unknown, wrong
-from distily.features import decoder_blocks
 from distily.layers import spread
+from distily.loss.features import decoder_blocks
 from distily.schema import Between, Option, conforms, describe, mistakes
 from distily.sources import DEMO
 

@@ -33,11 +33,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from distily.batch import model_inputs
-from distily.chunks import Piece
-from distily.driver import Driver, Step, local_teacher
-from distily.meetings import combination
+from distily.loss.chunks import Piece
+from distily.loss.driver import Driver, local_teacher
+from distily.loss.meetings import combination
+from distily.loss.step import Step
+from distily.loss.terms import Builder, Term, build_terms
 from distily.spec import Component
-from distily.terms import Builder, Term, build_terms
 
 PARTS = ("teacher", "student", "gradients", "optimizer", "activations", "loss", "workspace")
 BLOCK, CUBLAS_WORKSPACE = 512, 32 * 2**20

@@ -8,7 +8,7 @@ import torch
 
 from distily.batch import model_inputs, supervise
 from distily.errors import DistilyError
-from distily.heads import OutputHead, select
+from distily.loss.heads import OutputHead, select
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Largest relative difference by dtype of the weights; half precisions: 5e-2."""

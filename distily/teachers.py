@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distily.features import Feature, FeatureCapture
-from distily.heads import OutputHead, select
-from distily.readouts import Readout
+from distily.loss.features import Feature, FeatureCapture
+from distily.loss.heads import OutputHead, select
+from distily.loss.readouts import Readout
 
 
 class LogitSource(Protocol):

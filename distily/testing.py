@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distily.combiner_conformance import combiners
-from distily.conformance import Subject, contract, numbers, relations, require, through_the_driver
+from distily.conformance.combiners import combiners
+from distily.conformance.features import layer_mappers, normalizers, projectors
+from distily.conformance.objectives import Subject, contract, numbers, relations, require, through_the_driver
 from distily.errors import DistilyError, RunError, unknown
 from distily.evaluation import EvaluationContext, Evaluator, measure
-from distily.feature_conformance import layer_mappers, normalizers, projectors
 from distily.hookspecs import KINDS, Factory
 from distily.loggers import Logger
 from distily.plugins import Offered, Plugins

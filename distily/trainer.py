@@ -11,8 +11,9 @@ from transformers import Trainer, TrainerCallback
 
 from distily import memory
 from distily.batch import model_inputs
-from distily.driver import Driver, Step
 from distily.evaluation import EvaluationContext, Evaluator, measure
+from distily.loss.driver import Driver
+from distily.loss.step import Step
 
 
 class Distilling(TrainerCallback):

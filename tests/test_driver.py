@@ -10,9 +10,9 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from distily.driver import ATTACHED, Driver, local_teacher
 from distily.errors import DistilyError
-from distily.heads import OutputHead
+from distily.loss.driver import ATTACHED, Driver, local_teacher
+from distily.loss.heads import OutputHead
 from distily.probes import check_native_logits, check_packing
 
 ARCHITECTURES = list(tiny.SHAPES)
@@ -82,7 +82,7 @@ def test_features_are_captured_in_every_architecture(architecture, site):
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt_neox", "gpt2"])
 def test_captured_projections_are_those_that_a_hand_made_split_gives(architecture):
     """q of block 1, recomputed from the fused or separate weight by hand."""
-    from distily.features import FeatureCapture
+    from distily.loss.features import FeatureCapture
 
     network = tiny.model(architecture)
     ids = torch.tensor([[3, 1, 4, 1, 5]])
@@ -237,8 +237,8 @@ def test_the_teacher_gets_no_gradient():
 
 def test_an_objective_with_parameters_of_its_own_trains_them():
     """A learned temperature, as a module objective: its gradient equals that of dense autograd."""
+    from distily.loss.terms import Term
     from distily.objectives import token_objective
-    from distily.terms import Term
 
     @token_objective(temperature_scale="none")
     class Learned(torch.nn.Module):

@@ -10,7 +10,6 @@ import gzip
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,24 +17,15 @@ import tiny
 import torch
 import transformers
 
-from distily.calibration import calibrate
-from distily.driver import Driver, local_teacher
+from distily.loss.calibration import calibrate
+from distily.loss.driver import Driver, local_teacher
+from distily.loss.terms import build_terms
 from distily.plugins import Offered
 from distily.sources import DEMO
 from distily.spec import Component
-from distily.terms import build_terms
 
 STEPS, BATCHES, DOCUMENTS, TOKENS = 30, 5, 4, 32
 OBJECTIVES = [entry for entries in tiny.plugins().offered("objectives").values() for entry in entries]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The models are small: on a busy machine, threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ import tiny
 import torch
 
 from distily.batch import row_seeds, supervise
-from distily.calibration import calibrate
-from distily.driver import Driver, local_teacher
-from distily.features import FeatureCapture
+from distily.loss.calibration import calibrate
+from distily.loss.driver import Driver, local_teacher
+from distily.loss.features import FeatureCapture
+from distily.loss.terms import Term
 from distily.mappings import LayerMapping
 from distily.objectives import row_set_objective, token_objective, uniform
 from distily.state import Adaptive, Calibrated
-from distily.terms import Term
 
 
 def pair(architecture="llama", **overrides):

@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 
-from distily.attention import AttentionScores
 from distily.errors import DistilyError
-from distily.features import FeatureCapture, width
+from distily.loss.attention import AttentionScores
+from distily.loss.features import FeatureCapture, width
 
 LENGTH = 24
 MODULES = {  # of the first block: output projection of the attention

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from distily.cli import main, search_layers
 from distily.config import StudentConfig
 from distily.errors import DistilyError
-from distily.features import FeatureCapture, decoder_blocks
 from distily.layer_search import METHODS, assignment, fingerprint, monotone, similarity_matrix
 from distily.layers import layer_pairs
+from distily.loss.features import FeatureCapture, decoder_blocks
 from distily.models import build_student
 from distily.similarity import linear_cka
 

@@ -11,9 +11,9 @@ import tiny
 import torch
 from torch import multiprocessing
 
-from distily import meetings
 from distily.errors import DistilyError, RunError
-from distily.meetings import Combination
+from distily.loss import meetings
+from distily.loss.meetings import Combination
 from distily.spec import Component, parse_component
 
 LOGITS = ("forward_kl", "reverse_kl:weight=0.3", "sinkhorn:max_rows=4,weight=0.1")
@@ -103,7 +103,7 @@ def test_an_opposing_logit_term_leaves_the_primary_gradient(spec, scope):
 @pytest.mark.parametrize("spec", ["project_auxiliary", "gradient_weighted", "cosine_gate"])
 def test_an_opposing_feature_leaves_the_primary_gradient(spec, scope, monkeypatch):
     """A feature term whose gradient at h_k is minus a third of the one from above, made so by hand."""
-    from distily.meetings import Meeting
+    from distily.loss.meetings import Meeting
 
     original = Meeting.combine
 
@@ -266,7 +266,7 @@ def test_a_step_with_an_infinite_loss_moves_no_state(spec):
 
 
 def test_a_meeting_knows_the_weighted_values_of_its_terms(monkeypatch):
-    from distily.meetings import Meeting
+    from distily.loss.meetings import Meeting
 
     seen = {}
     monkeypatch.setattr(Meeting, "advance", lambda self, progress: seen.update({id(self): self.pending.clone()}))

@@ -8,7 +8,7 @@ import torch
 
 from distily.config import StudentConfig
 from distily.errors import DistilyError
-from distily.features import decoder_blocks
+from distily.loss.features import decoder_blocks
 from distily.models import build_student, check_tokenizers, spread, student_config
 
 ARCHITECTURES = list(tiny.SHAPES)

@@ -26,15 +26,6 @@ KINDS = ("objectives", "layer_mappers", "projectors", "normalizers", "combiners"
 CASES = cases()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: on a busy machine, threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def named(case: Case | Check) -> str:
     return f"{case.item}-{case.component}"
 

@@ -12,11 +12,11 @@ import transformers
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from distily.data import Collator
-from distily.driver import Driver
+from distily.loss.driver import Driver
+from distily.loss.terms import build_terms
 from distily.prediction import PARTS, STATE_BYTES, predict_memory
 from distily.spec import parse_component
 from distily.teachers import LocalTeacher
-from distily.terms import build_terms
 
 KL = ("forward_kl",)
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 512}

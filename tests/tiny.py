@@ -6,10 +6,10 @@ import torch
 import transformers
 
 from distily.data import Collator
-from distily.driver import Driver, local_teacher
+from distily.loss.driver import Driver, local_teacher
+from distily.loss.terms import build_terms
 from distily.plugins import Plugins, load
 from distily.spec import parse_component
-from distily.terms import build_terms
 
 VOCABULARY = 97
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}

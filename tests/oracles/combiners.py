@@ -345,7 +345,7 @@ def logged() -> float:
     """What ``sum`` shows of one step: norms and cosines of the gradients of a batch, weights of 1, nothing removed."""
     import tiny
 
-    from distily.meetings import Combination, Meeting
+    from distily.loss.meetings import Combination, Meeting
 
     entry = tiny.plugins().find("combiners", "sum")
     errors = []

@@ -20,13 +20,13 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from distily.attention import AttentionScores
-from distily.calibration import calibrate
-from distily.conformance import Rows, Subject
-from distily.driver import Driver, local_teacher
+from distily.conformance.objectives import Rows, Subject
+from distily.loss.attention import AttentionScores
+from distily.loss.calibration import calibrate
+from distily.loss.driver import Driver, local_teacher
+from distily.loss.terms import build_terms
 from distily.plugins import Plugins
 from distily.spec import Component
-from distily.terms import build_terms
 from oracles.case import Case, Check
 
 ITEMS = [f"{letter}{number}" for letter, count in (("A", 27), ("B", 26), ("C", 4), ("D", 18)) for number in range(1, count + 1)]
@@ -297,7 +297,7 @@ def idle_filled(networks: Iterable[Any], idle: Tensor, value: float) -> Iterator
         head = network.get_output_embeddings()
         handles.append(head.register_forward_pre_hook(lambda module, arguments: (fill(arguments[0], idle),)))
     try:
-        with patch("distily.features.AttentionScores", scores):
+        with patch("distily.loss.features.AttentionScores", scores):
             yield
     finally:
         for handle in handles:

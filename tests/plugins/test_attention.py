@@ -12,7 +12,7 @@ import tiny
 import torch
 from distily_attention import attention_kl, attention_mse
 
-from distily.features import FeatureCapture
+from distily.loss.features import FeatureCapture
 
 BOTH = pytest.mark.parametrize("objective", [attention_kl, attention_mse])
 

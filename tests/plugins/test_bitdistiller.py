@@ -12,8 +12,6 @@ Letters: B sequences, S positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import tiny
 import torch
@@ -22,15 +20,6 @@ from distily_labels import token_scaled
 from torch import Tensor
 
 B, S, GAMMA = 3, 8, 0.375
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: on a busy machine, threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- the reference: (labels (B, S), student (B, S, V), teacher (B, S, V)) -> () ---

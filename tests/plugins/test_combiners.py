@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distily.combiner_conformance import combiners
 from distily.combiners import Combiner, cosine, cosines, divide, norms
-from distily.conformance import Subject
+from distily.conformance.combiners import combiners
+from distily.conformance.objectives import Subject
 from distily.plugins import Offered
 
 OFFERED = {name: each for module in (guards, multitask, by_value) for name, each in module.distily_combiners().items()}

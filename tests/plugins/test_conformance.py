@@ -67,3 +67,5 @@ def test_component(entry: Offered, options: dict[str, Any]) -> None:
         pytest.skip(str(error))
     assert "contract" in passed
     assert len(passed) > 1
+    if entry.kind == "objectives":
+        assert {"gradient", "rows", "chunks", "unsupervised", "no host synchronisation"} <= set(passed)

@@ -14,7 +14,7 @@ from distily_normalizers import BatchNorm, Standardize, Whiten, l2, layernorm, r
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distily.calibration import calibrate
+from distily.loss.calibration import calibrate
 
 
 def rows(n: int, width: int = 6, seed: int = 0) -> torch.Tensor:

@@ -12,8 +12,8 @@ from distily_projectors import PCA, LeastSquares, Truncate, ensemble, identity, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distily.calibration import calibrate
 from distily.errors import DistilyError
+from distily.loss.calibration import calibrate
 
 WIDTH = st.integers(1, 9)
 

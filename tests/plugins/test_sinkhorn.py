@@ -52,15 +52,6 @@ def gradient(student: torch.Tensor, teacher: torch.Tensor, **chosen: object) -> 
     return student.grad
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: on a busy machine, threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def own_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Solve on the CPU as on a GPU, without POT."""

@@ -11,81 +11,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from distily.batch import Supervision, model_inputs, row_seeds, supervise
-from distily.chunks import ChunkWalk, Piece, chunked_loss
+from distily.batch import model_inputs, supervise
 from distily.errors import DistilyError, RunError
-from distily.feature_terms import FeatureRows, row_sets
-from distily.features import FeatureCapture, Place
-from distily.heads import OutputHead, nothing, select, upcast
-from distily.meetings import Combination, FeatureGradients, Meeting, ValueMeeting, advance
-from distily.readouts import Readout
-from distily.teachers import LocalTeacher, Teacher, TeacherSignals
-from distily.terms import Term
+from distily.loss.chunks import ChunkWalk, Piece, chunked_loss
+from distily.loss.feature_terms import FeatureRows, row_sets
+from distily.loss.features import FeatureCapture, Place
+from distily.loss.heads import OutputHead, nothing, select, upcast
+from distily.loss.meetings import Combination, Meeting, ValueMeeting, advance
+from distily.loss.readouts import Readout
+from distily.loss.step import Step
+from distily.loss.terms import Term
+from distily.teachers import LocalTeacher, Teacher
 
 ATTACHED = "distily_objectives"
 """Name under which the terms' parameters and the combiner's state live on the student while it trains."""
 
 _steps: WeakKeyDictionary[nn.Module, Step] = WeakKeyDictionary()
-
-
-class Step:
-    """One open micro-batch: its supervision, the teacher's signals, and what the loss came to.
-
-    ``loss`` is Σ weight · term ÷ N with gradient; ``values`` holds each term's own Σ ÷ N, detached;
-    ``gradients`` each logit term's gradient at the selected last hidden states ``(n, H)`` when it was asked for.
-    ``observer``: gets the rows in place of the loss, see ``distily.calibration``.
-    """
-
-    def __init__(
-        self,
-        driver: Driver,
-        supervision: Supervision,
-        signals: TeacherSignals | None,
-        tensors: Mapping[Place, Tensor],
-        items: Tensor,
-        progress: float,
-        seed: int,
-        observer: Any = None,
-    ) -> None:
-        self.driver = driver
-        self.supervision = supervision
-        self.signals = signals
-        self.tensors = tensors
-        self.items = items
-        self.progress = progress
-        self.seed = seed
-        self.observer = observer
-        self.loss: Tensor | None = None
-        self.nothing: Tensor | None = None
-        self.logit_loss = items.new_zeros((), dtype=torch.float32)
-        self.values: dict[str, Tensor] = {}
-        self.gradients: dict[str, Tensor] = {}
-        self.feature_gradients = FeatureGradients(driver.meetings)
-        self.head_fired = False
-
-    @cached_property
-    def inputs(self) -> dict[str, Any]:
-        """What objectives may ask for by name."""
-        supervision = self.supervision
-        inputs = {
-            "labels": supervision.labels,
-            "input_ids": supervision.input_ids,
-            "sequence_ids": supervision.sequence_ids,
-            "progress": self.progress,
-        }
-        if any("row_seeds" in term.description.inputs for term in self.driver.terms):
-            inputs["row_seeds"] = row_seeds(supervision, self.seed)
-        return inputs
-
-    def add(self, loss: Tensor) -> None:
-        self.loss = loss if self.loss is None else self.loss + loss
 
 
 class Loss(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distily.conformance import Subject, close, require
+from distily.conformance.objectives import Subject, close, require
 from distily.errors import DistilyError
 from distily.mappings import LayerMapping, layer_mapping
 from distily.state import Adaptive, Calibrated

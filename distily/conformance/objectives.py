@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from distily.batch import row_seeds, supervise
-from distily.driver import Driver
 from distily.errors import DistilyError
 from distily.hookspecs import KINDS
+from distily.loss.driver import Driver
+from distily.loss.terms import Term
 from distily.mappings import LayerMapping
 from distily.objectives import DRIVER_INPUTS, SITES, Description
 from distily.plugins import Offered
 from distily.schema import conforms, describe, mistakes
 from distily.state import Calibrated
 from distily.teachers import LocalTeacher
-from distily.terms import Term
 
 WIDTH, VOCABULARY, TOKENS = 7, 11, 9
 SUPPLIED = {"objectives": (2,), "layer_mappers": (2,), "projectors": (2,), "normalizers": (1,)}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from distily.errors import DistilyError
-from distily.features import Feature, width
-from distily.heads import upcast
 from distily.layers import LayerPair
+from distily.loss.features import Feature, width
+from distily.loss.heads import upcast
 from distily.mappings import LayerMapping, layer_mapping
 from distily.objectives import RESERVED, Description
 from distily.schedules import schedule

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from distily.errors import DistilyError
-from distily.features import decoder_blocks
-from distily.heads import OutputHead, upcast
+from distily.loss.features import decoder_blocks
+from distily.loss.heads import OutputHead, upcast
 
 
 def final_norm(model: Any) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distily.combiners import COMBINER_KEYS, SCOPES, Combiner
-from distily.conformance import Subject, close, require
+from distily.conformance.objectives import Subject, close, require
 
 STEPS = 25
 """Optimizer steps that a combiner's state is moved by."""

@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from distily.batch import pick
 from distily.errors import DistilyError
-from distily.heads import OutputHead, upcast
-from distily.meetings import Meeting
+from distily.loss.heads import OutputHead, upcast
+from distily.loss.meetings import Meeting
+from distily.loss.terms import Term
 from distily.state import once_observed
 from distily.teachers import LogitSource
-from distily.terms import Term
 
 
 @dataclass(frozen=True)

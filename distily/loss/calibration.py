@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from distily.batch import model_inputs, pick
-from distily.driver import Driver, Step
 from distily.errors import DistilyError
-from distily.feature_terms import FeatureRows
-from distily.heads import upcast
+from distily.loss.driver import Driver
+from distily.loss.feature_terms import FeatureRows
+from distily.loss.heads import upcast
+from distily.loss.step import Step
+from distily.loss.terms import READ_SITES, Term
 from distily.state import Calibrated
-from distily.terms import READ_SITES, Term
 
 
 def calibrate(driver: Driver, batches: Iterable[Mapping[str, Any]]) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from distily.batch import Supervision, pick
-from distily.features import Feature
-from distily.heads import select
-from distily.readouts import Readout
+from distily.loss.features import Feature
+from distily.loss.heads import select
+from distily.loss.readouts import Readout
+from distily.loss.terms import READ_SITES, Term
 from distily.state import once_observed
-from distily.terms import READ_SITES, Term
 
 Features = Mapping[Feature, Any]
 Reader = Callable[[Tensor], Tensor]

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distily.attention import AttentionScores, Receiver, Scoring, make_watchable, watched
 from distily.errors import DistilyError
+from distily.loss.attention import AttentionScores, Receiver, Scoring, make_watchable, watched
 
 Feature = tuple[str, int]
 """(site, block), such as ("hidden_states", 3)."""

@@ -1,0 +1,1 @@
+"""The checks of the conformance kit ``distily.testing``, by kind of component."""
