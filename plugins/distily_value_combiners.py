@@ -59,7 +59,7 @@ class EmaNormalized(_OfValues):
     the rest of the run has one fixed objective; 1 is never.
 
     >>> combiner = EmaNormalized(2)
-    >>> combiner.advance(torch.tensor([2.0, 8.0]), progress=0.0)
+    >>> combiner.advance(torch.tensor([2.0, 8.0]), torch.tensor([2.0, 8.0]), progress=0.0)
     >>> combiner.coefficients(torch.tensor([2.0, 8.0]))
     tensor([1.0000, 0.2500])
     """
@@ -103,7 +103,7 @@ class Uncertainty(_OfValues):
     Source: Kendall, Gal, Cipolla 2018, arXiv:1705.07115. Shown for vision.
 
     >>> combiner = Uncertainty(2)
-    >>> combiner.advance(torch.tensor([2.0, 8.0]), progress=0.0)
+    >>> combiner.advance(torch.tensor([2.0, 8.0]), torch.tensor([2.0, 8.0]), progress=0.0)
     >>> combiner.coefficients(torch.tensor([2.0, 8.0]))
     tensor([0.5000, 0.1250])
     """
@@ -147,7 +147,7 @@ class Dwa(_OfValues):
     Source: Liu, Johns, Davison 2019, arXiv:1803.10704. Shown for vision.
 
     >>> combiner = Dwa(2, window=1)
-    >>> for values in ([4.0, 1.0], [2.0, 1.0]): combiner.advance(torch.tensor(values), progress=0.0)
+    >>> for values in ([4.0, 1.0], [2.0, 1.0]): combiner.advance(torch.tensor(values), torch.tensor(values), progress=0.0)
     >>> combiner.coefficients(torch.ones(2))  # the first halved, the second stayed
     tensor([0.8756, 1.1244])
     """
