@@ -63,6 +63,8 @@ def model_card(record: RunRecord, provenance: dict[str, Any]) -> str:
     student = config["student"]["model"]
     name = f"{Path(teacher).name}-distilled"
     objectives = "\n".join(f"- `{_spec(objective)}`" for objective in config["objectives"])
+    if config.get("combiner"):
+        objectives += f"\n\nCombined where they meet by `{_spec(config['combiner'])}`."
     shape = ", ".join(f"{key} = {value}" for key, value in (config["student"]["config"] or {}).items())
     origin = (
         f"the checkpoint `{_public(student)}`" if student else f"the teacher's configuration{f' with {shape}' if shape else ''}"

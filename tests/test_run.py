@@ -174,6 +174,41 @@ def test_a_complete_run_is_not_repeated(finished):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+def test_every_site_in_one_run_with_a_combiner_and_calibrated_parts(tmp_path):
+    """Logits, draws, a logit lens, attention scores, relations, whitened states, a learned objective; the student is plain again."""
+    terms = [
+        "forward_kl",
+        "sampled_targets:samples=8,weight=0.2",
+        "jsd:on=logit_lens,mapper=last_k(k=1),weight=0.1",
+        "attention_kl:mapper=last_k(k=1),heads=mean,weight=0.1",
+        "self_relation:on=values,weight=0.1",
+        "smooth_l1:mapper=last_k(k=2),projector=least_squares,normalizer=whiten,weight=0.1",
+        "mse:mapper=attention_pooling,projector=linear,weight=0.01",
+        "mutual_information:mapper=last_k(k=1),dimensions=8,weight=0.1",
+    ]
+    folder = tmp_path / "run"
+    shape = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = {
+        **SMALL,
+        "student": {"config": shape},
+        "objectives": terms,
+        "combiner": "gradient_weighted",
+        "evaluators": ["perplexity"],
+        "output_dir": str(folder),
+    }
+    record = distily.distill(config, say=lambda line: None)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "loss" in row][-1]
+    names = [term.partition(":")[0] for term in terms]
+    assert all(math.isfinite(last[f"term_{name}"]) for name in names)
+    places = {name.removeprefix("combiner_").rsplit("_cosine_1")[0] for name in last if name.endswith("_cosine_1")}
+    assert {"logits", "hidden_states_1", "hidden_states_2", "values_1", "query_2", "key_2"} <= places
+    assert all(math.isfinite(value) for name, value in last.items() if name.startswith("combiner_"))
+    assert "Combined where they meet by `gradient_weighted`." in (folder / "student" / "README.md").read_text()
+    assert not [name for name in load_file(folder / "student" / "model.safetensors") if "distily" in name]
+    assert record.metrics["student"]["perplexity"] < record.metrics["untrained"]["perplexity"]
+
+
 @pytest.mark.parametrize(
     "objective",
     ["sinkhorn:max_rows=8", "cosine:projector=linear", "mse:normalizer=layernorm,mapper=uniform,projector=orthogonal"],
