@@ -1,6 +1,6 @@
 """Does it matter which layers are compared? Held-out KL to a real teacher by layer mapper, over several seeds.
 
-    DISTILY_DATA=path/to/data python benchmarks/layer_search.py [--steps 1000] [--seeds 3] [--results benchmarks/results]
+    DISTILY_DATA=path/to/data python benchmarks/layer_search.py [--steps 1000] [--seeds 3] [--jobs 6] [--results benchmarks/results]
 
 The teacher is stories260K (5 blocks), the student has 3 of its blocks, copied or at random. Each student learns by forward KL and a
 feature term on the pairs of a mapper: the pairs that ``distily search-layers`` found, rules, the controls ``reverse`` and ``random``,
@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from distily.config import StudentConfig, TeacherConfig, resolve
 from distily.environment import commit, machine, versions
 from distily.layer_search import monotone, search_layers, similarity_matrix
 from distily.loss.features import decoder_blocks
-from distily.plugins import Plugins, load
+from distily.plugins import load
 from distily.sources import load_documents
 
 TEACHER, BLOCKS, COPIED = "stories260K", 3, [1, 3, 5]
@@ -44,6 +47,7 @@ MAPPERS = {
 STARTS: dict[str, dict[str, Any]] = {"copied": {"layers": COPIED}, "random": {"initialize": "random", "embeddings": "copy"}}
 SILENCED = ("o_proj.weight", "down_proj.weight")
 """What a Llama block adds to the residual stream goes through these."""
+Trained = tuple[dict[str, float], list[int] | None]
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -118,30 +122,59 @@ def train(
     return record.metrics["student"]["agreement_kl"], str(record.student_dir)
 
 
-def compare(config: dict[str, Any], start: str, plugins: Plugins, folder: Path, chosen: argparse.Namespace) -> str:
+def trained(
+    config: dict[str, Any], start: str, seed: int, names: tuple[str, ...], folder: Path, chosen: argparse.Namespace
+) -> Trained:
+    """The held-out KL of some mappers' students, and the teacher blocks that the search found where ``searched`` is among them."""
+    transformers.utils.logging.disable_progress_bar()
+    values: dict[str, float] = {}
+    blocks, file, student = None, folder / f"{start}-{seed}.json", ""
+    for name in names:  # none comes before searched: the search reads what it trained
+        if name == "searched":
+            shape = {"config": {"num_hidden_layers": BLOCKS}, **STARTS[start]} if start == "copied" else {"model": student}
+            resolved = resolve({**config, "student": shape, "seed": seed, "output_dir": "."})
+            blocks = [block for _, block in search_layers(resolved, load(), file).pairs]
+        began = time.perf_counter()
+        values[name], student = train(config, start, name, seed, chosen.feature, file, folder, chosen)
+        seconds = time.perf_counter() - began
+        print(f"{start}, seed {seed}, {name}: {values[name]:.4f} ({seconds:.0f} s); {blocks=}", file=sys.stderr, flush=True)
+    return values, blocks
+
+
+def compare(results: list[Trained]) -> str:
     """All mappers from one start, as a table; differences from ``none`` are of the same seed."""
-    values: dict[str, list[float]] = {name: [] for name in MAPPERS}
-    found = []
-    for seed in range(chosen.seeds):
-        file = folder / f"{start}-{seed}.json"
-        for name in MAPPERS:  # none is the first: the search reads what it trained
-            value, student = train(config, start, name, seed, chosen.feature, file, folder, chosen)
-            values[name].append(value)
-            print(f"{start}, seed {seed}, {name}: {value:.4f}", file=sys.stderr, flush=True)
-            if name == "none":
-                shape = {"config": {"num_hidden_layers": BLOCKS}, **STARTS[start]} if start == "copied" else {"model": student}
-                resolved = resolve({**config, "student": shape, "seed": seed, "output_dir": "."})
-                found.append([block for _, block in search_layers(resolved, plugins, file).pairs])
     lines = [
         "| mapper | held-out KL, mean | standard deviation | mean difference from none | its standard error |",
         "|---|---|---|---|---|",
     ]
-    for name, each in values.items():
-        differences = [value - base for value, base in zip(each, values["none"], strict=True)]
+    for name in MAPPERS:
+        each = [values[name] for values, _ in results]
+        differences = [values[name] - values["none"] for values, _ in results]
         spread, error = (statistics.stdev(numbers) if len(numbers) > 1 else float("nan") for numbers in (each, differences))
         numbers = (statistics.mean(each), spread, statistics.mean(differences), error / len(each) ** 0.5)
         lines.append(f"| {name} | " + " | ".join(f"{number:.4f}" for number in numbers) + " |")
-    return "\n".join([*lines, "", f"Teacher blocks that the search found, by seed: {found}."])
+    return "\n".join([*lines, "", f"Teacher blocks that the search found, by seed: {[blocks for _, blocks in results]}."])
+
+
+def together(config: dict[str, Any], folder: Path, chosen: argparse.Namespace) -> tuple[str, dict[str, str]]:
+    """The planted mappings, and every start's table, from ``--jobs`` processes: each seed's ``none`` and ``searched`` in one."""
+    groups = [("none", "searched"), *((name,) for name in MAPPERS if name not in ("none", "searched"))]
+    with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(planted, config, 4096)
+        futures = {
+            (start, seed, names): pool.submit(trained, config, start, seed, names, folder, chosen)
+            for names in groups  # the longest first
+            for start in STARTS
+            for seed in range(chosen.seeds)
+        }
+        tables = {}
+        for start in STARTS:
+            results: list[Trained] = []
+            for seed in range(chosen.seeds):
+                parts = [futures[start, seed, names].result() for names in groups]
+                results.append(({name: value for values, _ in parts for name, value in values.items()}, parts[0][1]))
+            tables[start] = compare(results)
+        return found.result(), tables
 
 
 def main() -> None:
@@ -151,19 +184,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--heldout", type=int, help="stories to measure on; nothing: all 849")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each a process")
     parser.add_argument("--feature", default="cosine:weight=1.0", help="the feature term, without its mapper")
     parser.add_argument("--results", type=Path, help="folder for layer_search.md; nothing: print only")
     chosen = parser.parse_args()
     if "DISTILY_DATA" not in os.environ:
         sys.exit("DISTILY_DATA is not set; allowed: the folder of the real models and texts.")
-    transformers.utils.logging.disable_progress_bar()
-    config, plugins = settings(Path(os.environ["DISTILY_DATA"])), load()
+    config = settings(Path(os.environ["DISTILY_DATA"]))
     config["data"]["eval_samples"] = chosen.heldout
-    sections = [f"## Students copied from known blocks of {TEACHER}\n\n{planted(config, rows=4096)}\n"]
     with tempfile.TemporaryDirectory() as folder:
-        for start in STARTS:
-            table = compare(config, start, plugins, Path(folder), chosen)
-            sections.append(f"## A student of {BLOCKS} blocks, start: {start}\n\n{table}\n")
+        found, tables = together(config, Path(folder), chosen)
+    sections = [f"## Students copied from known blocks of {TEACHER}\n\n{found}\n"]
+    sections += [f"## A student of {BLOCKS} blocks, start: {start}\n\n{table}\n" for start, table in tables.items()]
     described = machine()
     hardware = ", ".join(described.get("gpus", [])) or f"{described['cores']} CPU cores"
     page = (

@@ -17,6 +17,7 @@ from transformers import Trainer
 
 from distily import data, models, probes
 from distily.arguments import kept_checkpoints, training_arguments
+from distily.batch import model_inputs
 from distily.config import RunConfig
 from distily.errors import DistilyError
 from distily.evaluation import EvaluationContext, Evaluator
@@ -124,7 +125,7 @@ def _check_heads(vocabulary: int, **by_role: Any) -> None:
 
 
 def _probe(parts: Assembly, student: Any) -> None:
-    """The driver's logits against both models' own, packing if it is asked for, and one build of every term."""
+    """The driver's logits against both models' own, packing if it is asked for, and one step of the whole loss."""
     batch = parts.data.heldout_collator([parts.data.heldout[index] for index in range(min(2, len(parts.data.heldout)))])
     placed = {key: value.to(parts.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     for role, model in (("teacher", parts.teacher), ("student", student)):
@@ -135,8 +136,24 @@ def _probe(parts: Assembly, student: Any) -> None:
     if quantized is not None:
         student = quantized.prepare(student)
     driver = parts.new_driver(student, parts.config.objectives)
+    _check_step(parts, student, driver, placed)
     _check_trainer(parts, student)
-    driver.detach()
+    driver.close()
+
+
+def _check_step(parts: Assembly, student: Any, driver: Driver, batch: dict[str, Any]) -> None:
+    """One forward and backward of the whole loss: what terms cannot do with these two models shows before anything is written."""
+    try:
+        with driver.step(batch), torch.autocast(parts.device.type, torch.bfloat16, enabled=parts.mixed_precision):
+            loss = student(**model_inputs(batch), use_cache=False)["loss"]
+        if loss.requires_grad:
+            loss.backward()
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise DistilyError(f"objectives: they cannot be computed for this teacher and student: {reason}") from error
+    student.zero_grad()
 
 
 def _check_trainer(parts: Assembly, student: Any) -> None:

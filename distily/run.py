@@ -122,7 +122,7 @@ def train(
         raise Interrupted(f"interrupted at step {trainer.state.global_step}; a checkpoint is written, go on with --resume.")
     if quantizer is not None:
         quantizer.on_progress(student, trainer.state.max_steps, trainer.state.max_steps)
-    driver.detach()
+    driver.close()
     trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
     if record is not None:
         record.steps = trainer.state.global_step

@@ -44,6 +44,9 @@ class Teacher(Protocol):
     def signals(self, inputs: Mapping[str, Any], index: Tensor) -> TeacherSignals:
         """Signals for the model inputs of a batch; ``index`` (N,) are the supervised positions of the flattened batch."""
 
+    def close(self) -> None:
+        """Gives back what it holds; a model is left as it was."""
+
 
 class DenseLogits:
     """Logits computed from the last hidden states ``(N, H)`` and the head, a chunk at a time."""
@@ -77,3 +80,6 @@ class LocalTeacher:
             hidden = self.head.last_hidden_states(self.model, inputs)
             features = {feature: self.capture.feature(feature, tensors) for feature in self.capture.wanted}
         return TeacherSignals(DenseLogits(self.head, select(hidden, index), self.vocabulary), features)
+
+    def close(self) -> None:
+        self.capture.remove()

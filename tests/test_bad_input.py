@@ -96,6 +96,12 @@ COMPONENTS = [
     ("projector of attentions", "--objective attention_kl:projector=linear", "on attentions it has nothing to do"),
     ("side", "--objective mse:normalized=student", "normalized: 'student'", "both, teacher"),
     ("sharing", "--objective mse:projector_for=layer", "projector_for: 'layer'", "pair, block, all"),
+    (
+        "heads that differ",
+        "--objective attention_kl --student-config num_attention_heads=2 --student-config num_key_value_heads=2",
+        "objectives: they cannot be computed for this teacher and student:",
+        "heads",
+    ),
     ("layers of a flow", "--objective flow", "objective flow: it compares how layers follow each other", "last_k(k=2)"),
     ("mapper that is no component", "--objective cosine:mapper=3", "objective cosine: mapper: '3'", "name or name:option=value"),
     ("index without pairs", "--objective cosine:mapper=index", "option 'pairs' is missing", "a list of a list of an integer"),

@@ -314,3 +314,74 @@ def test_draws_are_uniform_and_independent():
     assert abs(torch.corrcoef(torch.stack([drawn[:-1].flatten(), drawn[1:].flatten()]))[0, 1]) < 5e-3
     assert abs(torch.corrcoef(torch.stack([drawn[:, :-1].flatten(), drawn[:, 1:].flatten()]))[0, 1]) < 5e-3
     assert torch.equal(uniform(torch.arange(1000)[500:], 1000), drawn[500:])
+
+
+# --- parts that are frozen, empty or switched on later --------------------------------------------------------------------
+
+
+def test_a_lens_trains_no_head_of_whatever_kind():
+    """A head that is no plain linear layer (LoRA, quantised) reads too, and gets no gradient."""
+
+    class Head(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2.0
+
+    student, teacher = pair()
+    for model in (student, teacher):
+        model.lm_head.__class__ = Head
+    driver = tiny.driver(student, teacher, "forward_kl:on=logit_lens,mapper=last_k(k=1)")
+    loss, gradients = tiny.accumulate(driver, student, [tiny.collate(tiny.documents(4))])
+    assert loss > 0
+    assert not gradients.get("lm_head.weight", torch.zeros(1)).any()
+
+
+def test_a_batch_without_a_supervised_token_leaves_no_parameter_without_a_gradient():
+    student, teacher = tiny.model(seed=1), tiny.model(seed=2, hidden_size=48)
+    driver = tiny.driver(student, teacher, "mutual_information", "attention_kl", "forward_kl:on=logit_lens", "mse")
+    loss, gradients = tiny.accumulate(driver, student, [tiny.collate([{"input_ids": [1, 2, 3], "labels": [-100] * 3}])])
+    learned = {name for name, parameter in student.named_parameters() if "distily_objectives" in name and parameter.requires_grad}
+    assert loss == 0
+    assert learned
+    assert learned <= set(gradients)
+
+
+def test_what_starts_later_is_calibrated_before_training():
+    student, teacher = pair()
+    driver = tiny.driver(student, teacher, "mse:normalizer=standardize,weight=linear(start=0,end=1)")
+    calibrate(driver, [tiny.collate(tiny.documents(8, seed)) for seed in range(3)])
+    assert not torch.equal(driver.terms[0].normalizers[0].mean, torch.zeros(32))
+
+
+def test_a_closed_driver_leaves_both_models_as_they_were():
+    student, teacher = pair()
+    hooks = [sum(len(module._forward_hooks) for module in model.modules()) for model in (student, teacher)]
+    driver = tiny.driver(student, teacher, "attention_kl", "mse")
+    assert teacher.config._attn_implementation == "distily_sdpa"
+    driver.close()
+    assert [sum(len(module._forward_hooks) for module in model.modules()) for model in (student, teacher)] == hooks
+    assert {model.config._attn_implementation for model in (student, teacher)} == {"sdpa"}
+
+
+def test_objectives_get_float32_under_autocast():
+    @token_objective(temperature_scale="none")
+    def product(student, teacher):
+        assert student.dtype == teacher.dtype == torch.float32
+        assert (student @ student.T).dtype == torch.float32
+        return (student - teacher).square().mean(-1)
+
+    student, teacher, driver = custom(product, "logits", [])
+    batch = tiny.collate(tiny.documents(4))
+    with driver.step(batch), torch.autocast("cpu", torch.bfloat16):
+        loss = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+
+
+def test_an_unknown_layout_of_a_fused_projection_is_refused():
+    from distily.errors import DistilyError
+
+    student, teacher = pair("gpt2")
+    student.config.model_type = "gpt_bigcode"
+    driver = tiny.driver(student, teacher, "mse:on=queries,mapper=last_k(k=1)")
+    with pytest.raises(DistilyError, match="in one projection is not known"):
+        tiny.accumulate(driver, student, [tiny.collate(tiny.documents(2))])

@@ -280,3 +280,25 @@ def test_a_meeting_knows_the_weighted_values_of_its_terms(monkeypatch):
     assert values["logits"] == pytest.approx(logits, rel=1e-6)
     assert values["hidden_states_1"] == pytest.approx([sum(logits), 0.05 * float(step.values["mse"])], rel=1e-6)
     assert values["queries_1"] == pytest.approx([sum(logits), float(step.values["cosine"])], rel=1e-6)
+
+
+def test_a_feature_of_frozen_blocks_has_nothing_to_meet():
+    """No gradient arrives there; the projector trains as without a combiner."""
+
+    def freeze(student):
+        student.model.embed_tokens.requires_grad_(False)
+        student.model.layers[0].requires_grad_(False)
+
+    specs = ("forward_kl", "mse:mapper=last_k(k=2),projector=linear,weight=0.1")
+    assert_same(run(specs, "sum", scope="token", prepare=freeze), run(specs, prepare=freeze), 1e-12)
+
+
+def test_a_term_that_starts_later_is_known_to_a_combiner_of_values():
+    """Its value is measured while its weight is 0, so that it does not start with the coefficient of a loss of nothing."""
+    student, teacher = pair()
+    late = "reverse_kl:weight=step(start=0,end=1,at_progress=0.5)"
+    driver = tiny.driver(student, teacher, "forward_kl", late, combination=combination("uncertainty"))
+    for progress in (0.0, 0.1, 0.2):
+        tiny.accumulate(driver, student, [tiny.collate(tiny.documents(8))], progress)
+        driver.advance(progress)
+    assert driver.measurements()["combiner_run_weight_1"] < 10

@@ -23,7 +23,7 @@ from distily.loss.chunks import ChunkWalk, Piece, chunked_loss
 from distily.loss.feature_terms import FeatureRows, row_sets
 from distily.loss.features import FeatureCapture, Place
 from distily.loss.heads import OutputHead, nothing, select, upcast
-from distily.loss.meetings import Combination, Meeting, ValueMeeting, advance
+from distily.loss.meetings import Combination, FeatureGradients, Meeting, ValueMeeting, advance
 from distily.loss.readouts import Readout
 from distily.loss.step import Step
 from distily.loss.terms import Term
@@ -71,7 +71,7 @@ class Driver:
         self.term_gradients = term_gradients
         self.combination = combination
         self.head: OutputHead | None = None
-        self._steps: list[Step] = []
+        self._waiting: list[FeatureGradients] = []
 
     @property
     def meetings(self) -> dict[str, Meeting]:
@@ -129,6 +129,12 @@ class Driver:
         if hasattr(self.student, ATTACHED):
             delattr(self.student, ATTACHED)
 
+    def close(self) -> None:
+        """Leaves student and teacher as they were."""
+        self.detach()
+        if self.teacher is not None:
+            self.teacher.close()
+
     @contextmanager
     def step(
         self, batch: Mapping[str, Any], items: Any = None, progress: float = 0.0, global_step: int = 0, observer: Any = None
@@ -155,10 +161,9 @@ class Driver:
 
         Raises ``RunError`` where a feature's gradient never met the one from above.
         """
-        for step in self._steps:
-            if step.feature_gradients.waiting:
-                raise RunError(f"{type(self.student).__name__}: the backward did not come by a captured feature.")
-        self._steps = []
+        if any(gradients.waiting for gradients in self._waiting):
+            raise RunError(f"{type(self.student).__name__}: the backward did not come by a captured feature.")
+        self._waiting = []
         advance(self.loss, progress)
 
     def measurements(self) -> dict[str, float]:
@@ -176,6 +181,7 @@ class Driver:
         if step.observer is not None:
             step.observer.logits(step, rows)
         elif terms:
+            dtype = _compute_dtype(rows)
             with torch.autocast(rows.device.type, enabled=False):
                 meeting = self.meetings.get("logits")
                 walk = ChunkWalk(
@@ -186,11 +192,11 @@ class Driver:
                     weights={term.key: self.weight(term.key, step.progress) for term in terms},
                     items=step.items,
                     vocabulary=self.vocabulary,
-                    compute_dtype=_compute_dtype(rows),
+                    compute_dtype=dtype,
                     term_gradients=self.term_gradients,
                     meeting=meeting if torch.is_grad_enabled() else None,
                 )
-            loss, values, step.gradients = chunked_loss(walk, rows)
+                loss, values, step.gradients = chunked_loss(walk, rows)
             step.logit_loss = loss.detach()
             if walk.meeting is not None:
                 walk.meeting.observe([values[key] * weight for key, weight in walk.weights.items()])
@@ -199,8 +205,8 @@ class Driver:
         return nothing(hidden_states)
 
     def _is_active(self, term: Term, step: Step) -> bool:
-        """A term whose weight is 0 now is not computed."""
-        return term.schedule.at(step.progress) != 0.0
+        """A term whose weight is 0 now is not computed, unless a combiner reads its value."""
+        return self._value_meeting is not None or term.schedule.at(step.progress) != 0.0
 
     def _pieces(self, terms: Sequence[Term], step: Step) -> list[Piece]:
         """Token terms in chunks; each row-set term once for every sequence, on its sample of rows."""
@@ -225,15 +231,16 @@ class Driver:
 
     def _on_features(self, step: Step) -> None:
         """Adds every feature term: its matches by their shares, summed over supervised tokens, divided by N."""
+        if step.observer is not None:
+            if self.capture.wanted:
+                step.observer.features(self.rows(step, step.tensors))
+            return
         terms = [term for term in self.terms if not term.on_logits and self._is_active(term, step)]
         if not terms:
             return
-        if step.observer is not None:
-            step.observer.features(self.rows(step, step.tensors))
-            return
-        meet = bool(self.meetings) and torch.is_grad_enabled()
         places = {place for term in terms for place in self._places(term)}
-        leaves = {place: step.tensors[place].detach().requires_grad_() for place in places} if meet else {}
+        hooked = [place for place in places if step.tensors[place].requires_grad] if self.meetings else []  # not in frozen parts
+        leaves = {place: step.tensors[place].detach().requires_grad_() for place in hooked}
         rows = self.rows(step, {**step.tensors, **leaves})
         weighted = []
         for term in terms:
@@ -243,11 +250,11 @@ class Driver:
             step.values[term.key] = value.detach()
             weighted.append(value * self.weight(term.key, step.progress))
         total = torch.stack(weighted).sum()
-        if meet:
+        if leaves:
             named = {_name(place): (step.tensors[place], leaf) for place, leaf in leaves.items()}
             parameters = list({id(p): p for term in terms for p in term.parameters() if p.requires_grad}.values())
             total = step.feature_gradients.add(total, named, parameters)
-            self._steps.append(step)
+            self._waiting.append(step.feature_gradients)
             for place in leaves:
                 here = [value for term, value in zip(terms, weighted, strict=True) if place in self._places(term)]
                 self.meetings[_name(place)].observe([step.logit_loss, torch.stack(here).sum()])
@@ -263,7 +270,8 @@ class Driver:
         if values is not None and torch.is_grad_enabled():
             zero = torch.zeros((), device=values.pending.device)
             values.pending += torch.stack([step.values.get(term.key, zero).double() for term in self.terms])
-        idle = [term for term in self.terms if not self._is_active(term, step)]
+        is_empty = not step.supervision.index.numel()
+        idle = [term for term in self.terms if is_empty or not self._is_active(term, step)]
         for parameter in (each for term in idle for each in term.parameters() if each.requires_grad):
             step.add(parameter.sum() * 0.0)
         if step.loss is None:

@@ -23,6 +23,8 @@ Place = tuple[str, int]
 
 PROJECTIONS = {"queries": "q_proj", "keys": "k_proj", "values": "v_proj"}
 FUSED = ("qkv_proj", "query_key_value", "c_attn")
+LAYOUTS = {"gpt2": "parts", "phi3": "parts", "gpt_neox": "heads"}
+"""How a fused projection is laid out, by ``model_type``: all of q, then k, then v; or q, k and v of each head side by side."""
 OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 
 
@@ -161,10 +163,14 @@ class FeatureCapture:
         site, block = feature
         place = list(PROJECTIONS).index(site)
         sizes = [width(self.model, (name, block)) for name in PROJECTIONS]
-        fused = _path(self._blocks[block - 1], FUSED).rpartition(".")[2]
-        if sum(sizes) != output.shape[-1]:
-            raise DistilyError(f"{type(self.model).__name__}: how {fused} lays out queries, keys and values is not known.")
-        if fused == "query_key_value":  # GPT-NeoX keeps q, k and v of one head side by side
+        kind = str(self.model.config.get_text_config().model_type)
+        layout = LAYOUTS.get(kind)
+        if layout is None or sum(sizes) != output.shape[-1]:
+            raise DistilyError(
+                f"{type(self.model).__name__}: how its blocks lay out queries, keys and values in one projection is not known; "
+                f"allowed: models with three projections, and {', '.join(LAYOUTS)}."
+            )
+        if layout == "heads":
             heads = self.model.config.get_text_config().num_attention_heads
             return output.reshape(*output.shape[:-1], heads, 3, -1)[..., place, :].flatten(-2)
         return output.split(sizes, dim=-1)[place]

@@ -70,6 +70,17 @@ class OutputHead:
         raw = type(self.module).forward(self.module, hidden)
         return self.finish(upcast(raw[..., :vocabulary]))
 
+    def frozen_logits(self, hidden: Tensor, vocabulary: int | None = None) -> Tensor:
+        """``logits``, but no gradient reaches the head's own parameters; also while its input is redirected."""
+        frozen = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+        receiver = _receivers.pop(self.module, None)
+        try:
+            raw: Tensor = torch.func.functional_call(self.module, frozen, (hidden,))
+        finally:
+            if receiver is not None:
+                _receivers[self.module] = receiver
+        return self.finish(upcast(raw[..., :vocabulary]))
+
     @contextmanager
     def redirected(self, receiver: Receiver) -> Iterator[None]:
         """Inside, the head's input goes to ``receiver``, whose result stands for the logits."""

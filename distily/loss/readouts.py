@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distily.errors import DistilyError
 from distily.loss.features import decoder_blocks
-from distily.loss.heads import OutputHead, upcast
+from distily.loss.heads import OutputHead
 
 
 def final_norm(model: Any) -> nn.Module:
@@ -35,8 +35,7 @@ class Readout:
         """``(n, H) -> (n, V)`` in float32 (float64 stays)."""
         frozen = {name: parameter.detach() for name, parameter in self.norm.named_parameters()}
         normed: Any = torch.func.functional_call(self.norm, frozen, (rows,))
-        head: Any = self.head.module
-        if not self.head.is_linear:
-            return self.head.logits(normed, self.vocabulary)
-        weight, bias = (None if each is None else each.detach()[: self.vocabulary] for each in (head.weight, head.bias))
-        return self.head.finish(upcast(nn.functional.linear(normed.to(weight.dtype), weight, bias)))  # type: ignore[union-attr, arg-type]
+        weight = getattr(self.head.module, "weight", None)
+        if self.head.is_linear and weight is not None:
+            normed = normed.to(weight.dtype)
+        return self.head.frozen_logits(normed, self.vocabulary)
