@@ -72,6 +72,10 @@ class OutputHead:
 
     def frozen_logits(self, hidden: Tensor, vocabulary: int | None = None) -> Tensor:
         """``logits``, but no gradient reaches the head's own parameters; also while its input is redirected."""
+        if self.is_linear:
+            head: Any = self.module
+            weight, bias = (None if each is None else each.detach()[:vocabulary] for each in (head.weight, head.bias))
+            return self.finish(upcast(nn.functional.linear(hidden.to(head.weight.dtype), weight, bias)))  # type: ignore[arg-type]
         frozen = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
         receiver = _receivers.pop(self.module, None)
         try:

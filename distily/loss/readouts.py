@@ -35,7 +35,4 @@ class Readout:
         """``(n, H) -> (n, V)`` in float32 (float64 stays)."""
         frozen = {name: parameter.detach() for name, parameter in self.norm.named_parameters()}
         normed: Any = torch.func.functional_call(self.norm, frozen, (rows,))
-        weight = getattr(self.head.module, "weight", None)
-        if self.head.is_linear and weight is not None:
-            normed = normed.to(weight.dtype)
         return self.head.frozen_logits(normed, self.vocabulary)
