@@ -177,7 +177,7 @@ class Driver:
         step.head_fired = True
         rows = select(hidden_states, step.supervision.index)
         terms = [term for term in self.terms if term.on_logits]
-        step.nothing = upcast(rows.sum()) * 0.0
+        step.rows = rows
         if step.observer is not None:
             step.observer.logits(step, rows)
         elif terms:
@@ -275,7 +275,8 @@ class Driver:
         for parameter in (each for term in idle for each in term.parameters() if each.requires_grad):
             step.add(parameter.sum() * 0.0)
         if step.loss is None:
-            step.loss = step.nothing
+            assert step.rows is not None
+            step.loss = upcast(step.rows.sum()) * 0.0
 
 
 def local_teacher(model: Any, terms: nn.ModuleDict, vocabulary: int) -> LocalTeacher | None:

@@ -5,7 +5,7 @@ Letters: N supervised tokens, n rows of a chunk or a set, H hidden width, M matc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ class FeatureRows:
         if term.site in READ_SITES:
             return torch.stack([self._read_in_chunks(term, pair) for pair in range(len(term.pairs))])
         matches = term.matches(*self.whole(term), self.inputs)
-        return torch.stack([self._match(term, match, *sides) for match, sides in enumerate(matches)])
+        sets = list(self._sets(term)) if term.is_row_set else []  # the same for every match
+        return torch.stack([self._match(term, match, mine, theirs, sets) for match, (mine, theirs) in enumerate(matches)])
 
     def whole(self, term: Term) -> tuple[list[Tensor], list[Tensor]]:
         """Rows ``(N, H)`` of every pair, student and teacher."""
@@ -89,13 +90,10 @@ class FeatureRows:
         source = self.student[term.student_features[pair]]
         return (source.query if term.site == "attentions" else source)[:0].sum() * 0.0
 
-    def _match(self, term: Term, match: int, student: Tensor, teacher: Tensor) -> Tensor:
+    def _match(self, term: Term, match: int, student: Tensor, teacher: Tensor, sets: Sequence[tuple[Tensor, float]]) -> Tensor:
         if not term.is_row_set:
             return term.values(student, teacher, self.inputs, match).sum()
-        parts = [
-            term.values(student[rows], teacher[rows], pick(self.inputs, rows), match).sum() * share
-            for rows, share in self._sets(term)
-        ]
+        parts = [term.values(student[rows], teacher[rows], pick(self.inputs, rows), match).sum() * share for rows, share in sets]
         return torch.stack(parts).sum() if parts else student.sum() * 0.0
 
     def _sets(self, term: Term) -> Iterator[tuple[Tensor, float]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distily.combiners import COMBINER_KEYS, Combiner, Scope, cosine
+from distily.combiners import COMBINER_KEYS, Combiner, Scope, cosines
 from distily.loss.heads import upcast
 from distily.spec import Component
 from distily.state import Adaptive
@@ -95,11 +95,12 @@ class Meeting(Adaptive):
     def _record(self, gram: Tensor, removed: Tensor, applied: Tensor) -> None:
         others = self.pending[: self.terms**2].view(self.terms, self.terms)[1:, 1:].sum().clamp(min=1e-60)
         self.log = {"removed_share": (removed / others).sqrt(), **self.combiner.report()}
+        agreement = cosines(gram)[0]
         for k in range(self.terms):
             self.log[f"weight_{k}"] = applied[k]
             self.log[f"norm_{k}"] = gram[k, k].clamp(min=0).sqrt()
             if k:
-                self.log[f"cosine_{k}"] = cosine(gram, 0, k)
+                self.log[f"cosine_{k}"] = agreement[k]
 
 
 class ValueMeeting(Adaptive):

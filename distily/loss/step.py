@@ -49,7 +49,7 @@ class Step:
         self.seed = seed
         self.observer = observer
         self.loss: Tensor | None = None
-        self.nothing: Tensor | None = None
+        self.rows: Tensor | None = None
         self.logit_loss = items.new_zeros((), dtype=torch.float32)
         self.values: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
