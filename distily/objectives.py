@@ -26,9 +26,11 @@ An objective does no reduction, no masking, no ``.item()``; it receives float32.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from distily.forms import Form
 
 if TYPE_CHECKING:  # the configuration is checked without torch
     from torch import Tensor
@@ -64,6 +66,8 @@ class Description:
     ``equal_widths``: on features both sides must have one width, so that a projector stands between by default.
     ``stacked``: it gets at least two pairs of layers at once. ``surrogate_gradient``: the gradient is by intent not that of the value,
     since a part of the formula is held constant. ``waits``: its linear algebra makes the host wait for a GPU.
+    ``forms``: of the options (of the instance, where the objective is a class), the same value as a sum of forms that the fused kernels
+    know; an empty sequence where there is none.
     """
 
     granularity: Granularity
@@ -80,6 +84,7 @@ class Description:
     source: str = ""
     inputs: tuple[str, ...] = ()
     own_temperature: bool = False
+    forms: Callable[..., Sequence[Form]] | None = None
 
 
 def _describe(granularity: Granularity, target: Any, **facts: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from distily.loss.features import Feature, FeatureCapture
 from distily.loss.heads import OutputHead, select
 from distily.loss.readouts import Readout
+from distily.products import Product
 
 
 class LogitSource(Protocol):
@@ -22,6 +23,9 @@ class LogitSource(Protocol):
 
     def chunk(self, rows: slice | Tensor) -> Tensor:
         """Dense logits ``(n, V)`` in float32 of supervised rows ``rows``, without gradient."""
+
+    def product(self, rows: slice | Tensor) -> Product | None:
+        """The same before they are formed, where they are hidden states times a head; else None."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,14 @@ class DenseLogits:
 
     def chunk(self, rows: slice | Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
-            weight = getattr(self.head.module, "weight", None)
-            hidden = self.hidden[rows]
-            if self.head.is_linear and weight is not None:
-                hidden = hidden.to(weight.dtype)
-            return self.head.logits(hidden, self.vocabulary)
+            product = self.product(rows)
+            if product is None:
+                return self.head.logits(self.hidden[rows], self.vocabulary)
+            return self.head.finish(product.formed())
+
+    def product(self, rows: slice | Tensor) -> Product | None:
+        weight = getattr(self.head.module, "weight", None)
+        return None if weight is None else self.head.product(self.hidden[rows], self.vocabulary, weight.dtype)
 
 
 class LocalTeacher:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distily import hookimpl
 from distily.distributions import log_distributions
+from distily.forms import Form
 from distily.objectives import token_objective
 from distily.schema import Between
 
@@ -21,6 +22,7 @@ from distily.schema import Between
 @token_objective(
     aliases=("tvd", "tv", "total_variation_distance"),
     temperature_scale="t",
+    forms=lambda: (Form("total_variation"),),
     formula="½ Σ_v |t_v − s_v|",
     source="Wen, Li, Du, Mou 2023, arXiv:2307.15190",
 )
@@ -79,8 +81,16 @@ def _alpha_beta(student_logits: Tensor, teacher_logits: Tensor, alpha: float, be
     return (weight * curvature.masked_fill(weight == 0, 0.0)).sum(-1)  # underflow · ∞ is no mass
 
 
+def _alpha_beta_forms(alpha: float, beta: float) -> tuple[Form, ...]:
+    """The ends, which are the KL divergences, and the inside away from them: there no power is large and no difference is small."""
+    if (alpha, beta) in ((1.0, 0.0), (0.0, 1.0)):
+        return (Form("forward_kl" if alpha else "reverse_kl"),)
+    return (Form("alpha_beta", (alpha, beta)),) if min(alpha, beta) >= 0.05 else ()
+
+
 @token_objective(
     aliases=("ab", "abkd", "ab_divergence"),
+    forms=lambda objective: _alpha_beta_forms(objective.alpha, objective.beta),
     formula="−(1/αβ) Σ_v (t^α s^β − α/(α+β) t^{α+β} − β/(α+β) s^{α+β})",
     source="Wang et al. 2025, arXiv:2505.04560",
 )
@@ -117,6 +127,7 @@ class AlphaBeta(nn.Module):
 
 @token_objective(
     aliases=("alpha", "alpha_divergence", "amari"),
+    forms=lambda alpha: _alpha_beta_forms(alpha, 1.0 - alpha),
     formula="(1 − Σ_v t^α s^{1−α}) / (α (1−α))",
     source="Amari 1985, doi:10.1007/978-1-4612-5056-2",
 )
@@ -141,6 +152,7 @@ def amari_alpha(student_logits: Tensor, teacher_logits: Tensor, *, alpha: Annota
 
 @token_objective(
     aliases=("renyi_divergence",),
+    forms=lambda alpha: (Form("renyi", (alpha,)),) if alpha <= 0.95 else (Form("forward_kl"),) if alpha == 1.0 else (),
     formula="log(Σ_v t^α s^{1−α}) / (α−1)",
     source="Rényi 1961; van Erven, Harremoës 2014, arXiv:1206.2459",
 )

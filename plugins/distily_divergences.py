@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distily import hookimpl
 from distily.distributions import jensen_shannon, log_distributions, log_mixture, relative_entropy
+from distily.forms import Form
 from distily.objectives import token_objective
 from distily.schema import Between
 from distily.state import Calibrated
@@ -21,6 +22,7 @@ from distily.state import Calibrated
 
 @token_objective(
     aliases=("kl", "fkl", "kld", "torch_kl", "forward"),
+    forms=lambda: (Form("forward_kl"),),
     formula="Σ_v t_v (log t_v − log s_v)",
     source="Hinton, Vinyals, Dean 2015, arXiv:1503.02531",
 )
@@ -42,6 +44,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 @token_objective(
     aliases=("rkl", "inverse_kl", "reverse_kld", "reverse"),
+    forms=lambda: (Form("reverse_kl"),),
     formula="Σ_v s_v (log s_v − log t_v)",
     source="Gu, Dong, Wei, Huang 2024, arXiv:2306.08543",
 )
@@ -66,8 +69,22 @@ def _both_ways(log_s: Tensor, log_t: Tensor, reverse_share: Tensor | float) -> T
     return (1.0 - reverse_share) * relative_entropy(log_t, log_s) + reverse_share * relative_entropy(log_s, log_t)
 
 
+def _forms_both_ways(reverse_share: Tensor | float) -> tuple[Form, Form]:
+    return Form("forward_kl", factor=1.0 - reverse_share), Form("reverse_kl", factor=reverse_share)
+
+
+def _jsd_forms(beta: float, normalize: str) -> tuple[Form, ...]:
+    """Near its ends the divergence is a small difference of large numbers, which the kernel does not take care of."""
+    return (Form("jsd", (beta,), 1.0 / (beta * (1.0 - beta)) if normalize == "beta" else 1.0),) if 0.05 <= beta <= 0.95 else ()
+
+
+def _skew_reverse_forms(skew: float, detach_mixture: bool) -> tuple[Form, ...]:
+    return (Form("skew_reverse_kl_detached" if detach_mixture else "skew_reverse_kl", (skew,)) if skew else Form("reverse_kl"),)
+
+
 @token_objective(
     aliases=("symmetric_kl", "sym_kl", "jeffreys_divergence"),
+    forms=lambda reverse_share: _forms_both_ways(reverse_share),
     formula="(1−w) KL(t‖s) + w KL(s‖t)",
     source="Jeffreys 1946, doi:10.1098/rspa.1946.0056",
 )
@@ -99,6 +116,7 @@ def jeffreys(
 
 @token_objective(
     aliases=("jensen_shannon", "generalized_jsd", "js"),
+    forms=lambda beta, normalize: _jsd_forms(beta, normalize),
     formula="β KL(t‖m) + (1−β) KL(s‖m),  m = β t + (1−β) s",
     source="Agarwal et al. 2024, arXiv:2306.13649",
 )
@@ -131,6 +149,7 @@ def jsd(
 
 @token_objective(
     aliases=("skl", "skewed_forward_kl"),
+    forms=lambda skew: (Form("skew_kl", (skew,)) if skew else Form("forward_kl"),),
     formula="KL(t‖m),  m = λ t + (1−λ) s",
     source="Ko, Kim, Chen, Yun 2024, arXiv:2402.03898",
 )
@@ -159,6 +178,7 @@ def skew_kl(
 
 @token_objective(
     aliases=("srkl", "skewed_reverse_kl"),
+    forms=lambda skew, detach_mixture: _skew_reverse_forms(skew, detach_mixture),
     formula="KL(s‖m),  m = (1−λ) t + λ s",
     source="Ko, Kim, Chen, Yun 2024, arXiv:2402.03898",
 )
@@ -228,6 +248,7 @@ def adaptive_kl(
 
 @token_objective(
     aliases=("cakld", "confidence_aware_kl"),
+    forms=lambda objective: _forms_both_ways(objective.gamma),
     formula="γ KL(s‖t) + (1−γ) KL(t‖s),  γ = mean t_y (or mean max_v t_v) over calibration text",
     source="Du et al. 2024, arXiv:2402.10631",
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 from distily import hookimpl
 from distily.distributions import cross_entropy as soft_targets
 from distily.distributions import log_conditional, log_distributions, log_mass, relative_entropy
+from distily.forms import Form
 from distily.objectives import row_set_objective, token_objective
 from distily.schema import Between
 
@@ -27,6 +28,7 @@ def _not_label(logits: Tensor, labels: Tensor) -> Tensor:
     temperature_scale=None,
     needs_teacher=False,
     zero_at_equality=False,
+    forms=lambda: (Form("cross_entropy"),),
     formula="−log s_y",
     source="label loss of language modelling",
 )

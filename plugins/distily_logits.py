@@ -14,6 +14,7 @@ from torch.nn.functional import normalize, relu, softplus
 
 from distily import hookimpl
 from distily.distributions import cross_entropy, log_distributions, relative_entropy
+from distily.forms import Form
 from distily.objectives import token_objective
 from distily.schema import Between
 
@@ -26,6 +27,7 @@ Rank = Annotated[int, Between(2, 1024)]
 @token_objective(
     aliases=("soft_ce", "soft_targets"),
     zero_at_equality=False,
+    forms=lambda: (Form("soft_cross_entropy"),),
     formula="−Σ_v t_v log s_v",
     source="Hinton, Vinyals, Dean 2015, arXiv:1503.02531",
 )

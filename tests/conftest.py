@@ -7,6 +7,11 @@ import os
 os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})  # read at import
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny and tests run side by side: threads would wait for each other
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined: without a GPU it runs as Python, and slowly
+
 import json
 import shutil
 import sys
@@ -23,11 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reasons = {}
     if not os.environ.get(DATA):
         reasons["data"] = f"data: {DATA} is not set"
-    if any(item.get_closest_marker("gpu") for item in items):
-        import torch
-
-        if not torch.cuda.is_available():
-            reasons["gpu"] = "gpu: there is no CUDA device"
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "gpu: there is no CUDA device"
     for item in items:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):

@@ -22,20 +22,34 @@ CORE, PLUGINS = modules("distily"), modules("plugins")
 LAYERS = [
     {"errors", "schema", "spec", "schedules", "config", "hookspecs", "__init__", "files", "memory", "terminal"},
     {"plugins", "catalogue", "listing", "scaffold", "loss.__init__", "conformance.__init__"},
-    {"objectives", "layers", "mappings", "combiners", "state", "distributions", "geometry", "similarity"},
+    {"forms", "objectives", "layers", "mappings", "combiners", "state", "distributions", "geometry", "similarity"},
     {
         "quantization",
         "evaluation",
         "loggers",
         "batch",
+        "products",
+        "kernels.__init__",
+        "kernels.products",
+        "kernels.rows",
+        "kernels.scaling",
         "loss.heads",
         "loss.attention",
         "loss.features",
         "loss.readouts",
         "teachers",
     },
-    {"loss.terms", "sources", "tokenization", "data", "embeddings", "models", "probes", "environment"},
-    {"loss.meetings", "loss.step", "loss.chunks", "loss.feature_terms", "loss.driver", "loss.calibration"},
+    {"loss.terms", "sources", "tokenization", "data", "embeddings", "models", "probes", "environment", "precision", "speed"},
+    {
+        "loss.meetings",
+        "loss.gradients",
+        "loss.fused",
+        "loss.step",
+        "loss.chunks",
+        "loss.feature_terms",
+        "loss.driver",
+        "loss.calibration",
+    },
     {"heldout", "checkpoints", "arguments", "prediction"},
     {"trainer", "record", "export", "testing", "conformance.objectives", "conformance.features", "conformance.combiners"},
     {"card", "report", "assembly", "measurement", "dry_run", "layer_search"},
@@ -43,7 +57,7 @@ LAYERS = [
     {"cli", "__main__"},
 ]
 CONTRACTS = {
-    "hookspecs", "objectives", "layers", "mappings", "combiners", "state", "quantization", "evaluation", "loggers", "schema", "errors",
+    "hookspecs", "forms", "objectives", "layers", "mappings", "combiners", "state", "quantization", "evaluation", "loggers", "schema", "errors",
     "distributions", "geometry", "similarity",
 }  # fmt: skip
 EXCEPTIONS = {

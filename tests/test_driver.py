@@ -315,3 +315,19 @@ def test_packing_is_refused_by_class_where_documents_see_each_other():
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "opt"])
 def test_packing_is_accepted_where_documents_do_not(architecture):
     check_packing("student", tiny.model(architecture), tiny.VOCABULARY)
+
+
+def test_compiled_functions_give_the_same_loss_and_gradients():
+    """What a GPU does with objectives that no kernel knows; torch.compile runs on a CPU as well."""
+    batch = tiny.collate(tiny.documents(4))
+    results = []
+    for is_compiled in (False, True):
+        student, teacher = tiny.model("llama", 1), tiny.model("llama", 2)
+        built = tiny.driver(student, teacher, "adaptive_kl", "decoupled_kd:weight=0.5")
+        if is_compiled:
+            for term in built.terms:
+                term.compile_functions()
+        results.append(tiny.accumulate(built, student, [batch]))
+    (loss, gradients), (other, others) = results
+    assert tiny.distance(other, loss) < 1e-6
+    assert tiny.distance(others, gradients) < 1e-5

@@ -16,9 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from distily.batch import pick
 from distily.errors import DistilyError
+from distily.loss.fused import FusedTerms, fused_rows
+from distily.loss.gradients import Gradients, accumulate
 from distily.loss.heads import OutputHead, upcast
 from distily.loss.meetings import Meeting
 from distily.loss.terms import Term
+from distily.products import Product
 from distily.state import once_observed
 from distily.teachers import LogitSource
 
@@ -34,7 +37,7 @@ class Piece:
 
 @dataclass
 class ChunkWalk:
-    """One pass over the supervised rows of a micro-batch."""
+    """One pass over the supervised rows of a micro-batch. ``fused``: terms that are in no piece, since a kernel computes them."""
 
     head: OutputHead
     source: LogitSource | None
@@ -46,6 +49,8 @@ class ChunkWalk:
     compute_dtype: torch.dtype
     term_gradients: bool = False
     meeting: Meeting | None = None
+    fused: FusedTerms | None = None
+    block_rows: int | None = None
     parameters: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -87,11 +92,7 @@ def chunked_loss(walk: ChunkWalk, rows: Tensor) -> tuple[Tensor, dict[str, Tenso
         loss, sums = _by_checkpoint(walk, rows)
         return loss, dict(zip(walk.keys, sums.detach(), strict=True)), {}
     head: Any = walk.head.module
-    weight, bias = head.weight, head.bias
-    if weight.shape[0] != walk.vocabulary:
-        weight = weight[: walk.vocabulary]
-        bias = bias if bias is None else bias[: walk.vocabulary]
-    loss, sums, *gradients = _ChunkedLinear.apply(rows, weight, bias, walk, *walk.parameters)
+    loss, sums, *gradients = _ChunkedLinear.apply(rows, head.weight, head.bias, walk, *walk.parameters)
     return loss, dict(zip(walk.keys, sums, strict=True)), dict(zip(walk.keys, gradients, strict=False))
 
 
@@ -113,77 +114,55 @@ class _ChunkedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, walk: ChunkWalk, *parameters: Tensor) -> Any:
-        needed = list(ctx.needs_input_grad)
-        wanted = [needed[0], needed[1], bias is not None and needed[2], *needed[4:]]
-        inputs = [rows, weight, bias, *parameters]
-        sinks = [_sink(value) if want and value is not None else None for value, want in zip(inputs, wanted, strict=True)]
-        x = rows.detach().to(walk.compute_dtype)
-        w = weight.detach().to(walk.compute_dtype)
-        b = None if bias is None else bias.detach().to(walk.compute_dtype)
+        needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:]]
+        head = walk.head.product_of(rows, weight, bias, walk.vocabulary, walk.compute_dtype)
+        once = walk.fused is not None and not walk.pieces and rows.dtype == walk.compute_dtype
+        ctx.gradients = Gradients([rows, weight, bias, *parameters], needed, once)
         apart = (walk.term_gradients or walk.meeting is not None) and needed[0]
-        per_term = [torch.zeros_like(upcast(x)) for _ in walk.keys] if apart else []
-        sums = upcast(x).new_zeros(len(walk.keys))
+        per_term = [torch.zeros_like(upcast(head.hidden)) for _ in walk.keys] if apart else []
+        sums = upcast(head.hidden).new_zeros(len(walk.keys))
+        if walk.fused is not None:
+            sums += _fused(walk, walk.fused, head, ctx.gradients if any(needed) else None)
         for piece in walk.pieces:
-            sums += _piece(walk, piece, x, w, b, sinks, per_term)
-        if walk.meeting is not None and sinks[0] is not None:
-            sinks[0].copy_(walk.met(per_term))
-        ctx.save_for_backward(*(sink for sink in sinks if sink is not None))
-        ctx.wanted = wanted
-        ctx.dtypes = [None if value is None else value.dtype for value in inputs]
+            sums += _piece(walk, piece, head, ctx.gradients if any(needed) else None, per_term)
+        if walk.meeting is not None and ctx.gradients.rows is not None:
+            ctx.gradients.rows.copy_(walk.met(per_term))
         ctx.mark_non_differentiable(sums, *per_term)
         return (walk.weighted(sums), sums, *per_term)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor, *unused: Any) -> Any:
-        saved = iter(ctx.saved_tensors)
-        result = [(next(saved) * scale).to(dtype) if want else None for want, dtype in zip(ctx.wanted, ctx.dtypes, strict=True)]
-        return (*result[:3], None, *result[3:])
+        rows, weight, bias, *learned = ctx.gradients.scaled(scale)
+        return (rows, weight, bias, None, *learned)
 
 
-def _sink(value: Tensor) -> Tensor:
-    """float32 (float64) zeros in which the gradient of ``value`` adds up."""
-    return torch.zeros_like(value, dtype=torch.float64 if value.dtype == torch.float64 else torch.float32)
+def _fused(walk: ChunkWalk, fused: FusedTerms, head: Product, gradients: Gradients | None) -> Tensor:
+    """The fused terms' sums over all rows, in the places of ``walk.keys``."""
+    labels = walk.inputs["labels"]
+    source = walk.source if any(term.description.needs_teacher for term in fused.terms) else None
+    own = fused_rows(fused, head, source, labels, walk.weights, walk.items, gradients, walk.block_rows)
+    sums = dict(zip((term.key for term in fused.terms), own, strict=True))
+    return torch.stack([sums.get(key, own.new_zeros(())) for key in walk.keys])
 
 
-def _piece(
-    walk: ChunkWalk, piece: Piece, x: Tensor, w: Tensor, b: Tensor | None, sinks: list[Tensor | None], per_term: list[Tensor]
-) -> Tensor:
-    """The terms' sums on one piece; its gradients are added to the sinks."""
-    chunk = x[piece.rows]
-    raw = upcast(torch.nn.functional.linear(chunk, w, b))
-    if all(sink is None for sink in sinks):
+def _piece(walk: ChunkWalk, piece: Piece, head: Product, gradients: Gradients | None, per_term: list[Tensor]) -> Tensor:
+    """The terms' sums on one piece; its gradients are added to ``gradients``."""
+    product = head.rows(piece.rows)
+    chunk, raw = product.hidden, product.formed()
+    if gradients is None:
         return walk.terms(piece, raw)
     with torch.enable_grad():
         raw.requires_grad_()
         sums = walk.terms(piece, raw)
         total = walk.weighted(sums)
         present = {term.key for term in piece.terms}
-        for place, term_sink in enumerate(per_term):
+        for place, total_of_term in enumerate(per_term):
             if walk.keys[place] not in present:
                 continue
             (own,) = torch.autograd.grad(sums[place], raw, retain_graph=True, allow_unused=True, materialize_grads=True)
-            _accumulate(term_sink, piece.rows, upcast(own.to(w.dtype) @ w))
-        at_logits, *at_parameters = torch.autograd.grad(total, [raw, *walk.parameters], allow_unused=True, materialize_grads=True)
-    at_rows, at_weight, at_bias, *at_learned = sinks
-    gradient = at_logits.to(w.dtype)
-    if at_rows is not None and walk.meeting is None:
-        _accumulate(at_rows, piece.rows, gradient @ w)
-    if at_weight is not None:
-        if at_weight.dtype == gradient.dtype:
-            at_weight.addmm_(gradient.T, chunk)
-        else:
-            at_weight += gradient.T @ chunk
-    if at_bias is not None:
-        at_bias += at_logits.sum(0)
-    for sink, own in zip(at_learned, at_parameters, strict=True):
-        if sink is not None:
-            sink += own
+            accumulate(total_of_term, piece.rows, upcast(own.to(chunk.dtype) @ head.weight))
+        at_logits, *at_learned = torch.autograd.grad(total, [raw, *walk.parameters], allow_unused=True, materialize_grads=True)
+    gradients.add(piece.rows, at_logits.to(chunk.dtype), chunk, head.weight, with_rows=walk.meeting is None)
+    gradients.add_learned(at_learned)
     return sums.detach()
-
-
-def _accumulate(sink: Tensor, rows: slice | Tensor, values: Tensor) -> None:
-    if isinstance(rows, slice):
-        sink[rows] += values
-    else:
-        sink.index_add_(0, rows, values.to(sink.dtype))

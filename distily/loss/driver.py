@@ -22,6 +22,7 @@ from distily.errors import DistilyError, RunError
 from distily.loss.chunks import ChunkWalk, Piece, chunked_loss
 from distily.loss.feature_terms import FeatureRows, row_sets
 from distily.loss.features import FeatureCapture, Place
+from distily.loss.fused import FusedTerms, fuse
 from distily.loss.heads import OutputHead, nothing, select, upcast
 from distily.loss.meetings import Combination, FeatureGradients, Meeting, ValueMeeting, advance
 from distily.loss.readouts import Readout
@@ -49,7 +50,8 @@ class Driver:
 
     ``vocabulary`` is the tokenizer's real size; padding rows of either head take no part. ``chunk_rows`` bounds the logits that
     exist at a time. ``term_gradients`` also records every logit term's gradient at the last hidden states. ``combination``: the
-    combiner of the run; without one the weighted sum is differentiated as it is.
+    combiner of the run; without one the weighted sum is differentiated as it is. ``kernels``: on a GPU, let the fused kernels compute the
+    terms that they know; ``fallback`` says why they did not in the last step.
     """
 
     def __init__(
@@ -61,12 +63,16 @@ class Driver:
         seed: int = 0,
         term_gradients: bool = False,
         combination: Combination | None = None,
+        kernels: bool = True,
     ) -> None:
         self.terms: list[Term] = [term for term in terms.values() if isinstance(term, Term)]
         self.loss = Loss(terms)
         self.teacher = teacher
         self.vocabulary = vocabulary
         self.chunk_rows = chunk_rows or default_chunk_rows(vocabulary)
+        self.block_rows = chunk_rows
+        self.kernels = kernels
+        self.fallback: str | None = None
         self.seed = seed
         self.term_gradients = term_gradients
         self.combination = combination
@@ -102,6 +108,10 @@ class Driver:
         self._readout = Readout(student, self.head, self.vocabulary) if lenses else None
         self._meet()
         parameter = next(student.parameters())
+        if self.kernels and parameter.is_cuda:
+            for term in self.terms:
+                if term.on_logits and not term.is_row_set:
+                    term.compile_functions()
         loss = self.loss.double() if parameter.dtype == torch.float64 else self.loss
         setattr(student, ATTACHED, loss.to(parameter.device))
         self._handle = student.register_forward_hook(_finish)
@@ -184,10 +194,14 @@ class Driver:
             dtype = _compute_dtype(rows)
             with torch.autocast(rows.device.type, enabled=False):
                 meeting = self.meetings.get("logits")
+                active = [term for term in terms if self._is_active(term, step)]
+                fused = self._fused(active, rows, dtype)
                 walk = ChunkWalk(
                     head=self.head,
                     source=step.signals.logits if step.signals else None,
-                    pieces=self._pieces([term for term in terms if self._is_active(term, step)], step),
+                    pieces=self._pieces([term for term in active if fused is None or term.is_row_set], step),
+                    fused=fused,
+                    block_rows=self.block_rows,
                     inputs=step.inputs,
                     weights={term.key: self.weight(term.key, step.progress) for term in terms},
                     items=step.items,
@@ -207,6 +221,19 @@ class Driver:
     def _is_active(self, term: Term, step: Step) -> bool:
         """A term whose weight is 0 now is not computed, unless a combiner reads its value."""
         return self._value_meeting is not None or term.schedule.at(step.progress) != 0.0
+
+    def _fused(self, terms: Sequence[Term], rows: Tensor, dtype: torch.dtype) -> FusedTerms | None:
+        """The token terms for the kernels; None, with the reason in ``fallback``, where plain PyTorch computes them."""
+        assert self.head is not None
+        token = [term for term in terms if not term.is_row_set]
+        self.fallback = None
+        if not self.kernels or not rows.is_cuda or not token:
+            return None
+        fused = fuse(token, self.head, rows, dtype, apart=self.term_gradients or bool(self.meetings))
+        if isinstance(fused, str):
+            self.fallback = fused
+            return None
+        return fused
 
     def _pieces(self, terms: Sequence[Term], step: Step) -> list[Piece]:
         """Token terms in chunks; each row-set term once for every sequence, on its sample of rows."""

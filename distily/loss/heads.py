@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distily.errors import DistilyError
+from distily.products import Product
 
 Receiver = Callable[[Tensor], Tensor]
 _receivers: WeakKeyDictionary[nn.Module, Receiver] = WeakKeyDictionary()
@@ -56,6 +57,18 @@ class OutputHead:
     def is_linear(self) -> bool:
         """Whether the head computes exactly ``x Wᵀ + b`` with weights that autograd sees."""
         return isinstance(self.module, nn.Linear) and type(self.module).forward is nn.Linear.forward
+
+    def product(self, hidden: Tensor, vocabulary: int, dtype: torch.dtype) -> Product | None:
+        """The logits of rows ``hidden`` (N, H) before ``dtype`` forms them, cut to ``vocabulary``; None if the head is not linear."""
+        if not self.is_linear:
+            return None
+        head: Any = self.module
+        return self.product_of(hidden, head.weight, head.bias, vocabulary, dtype)
+
+    def product_of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int, dtype: torch.dtype) -> Product:
+        """The product of given parts, without gradient, and what the model's class does to its result."""
+        weight, bias = weight.detach()[:vocabulary].to(dtype), None if bias is None else bias.detach()[:vocabulary].to(dtype)
+        return Product(hidden.detach().to(dtype), weight, bias, self.scale, self.softcap)
 
     def finish(self, raw: Tensor) -> Tensor:
         """What the model's class does to the head's output: scale, then soft-capping. ``(n, V) -> (n, V)``."""

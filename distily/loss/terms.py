@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distily.errors import DistilyError
+from distily.forms import Form
 from distily.layers import LayerPair
 from distily.loss.features import Feature, width
 from distily.loss.heads import upcast
@@ -74,6 +75,7 @@ class Term(nn.Module):
         parts = [*self.objectives, *self.projectors, *self.normalizers]
         unique = {id(part): part for part in parts if isinstance(part, nn.Module)}
         self.learned = nn.ModuleList(unique.values())
+        self._calls: list[Any] = list(self.objectives)
 
     @property
     def on_logits(self) -> bool:
@@ -100,13 +102,31 @@ class Term(nn.Module):
     def teacher_features(self) -> list[Feature]:
         return [(self.captured, teacher) for _, teacher in self.pairs] if self.description.needs_teacher else []
 
+    def compile_functions(self) -> None:
+        """Lets torch.compile join the operations of objectives that are plain functions, at their first call.
+
+        A GPU then reads a chunk of logits a few times, not once an operation. Objectives with state stay as they are.
+        """
+        self._calls = [each if isinstance(each, nn.Module) else _compiled(each) for each in self.objectives]
+
+    def forms(self) -> Sequence[Form]:
+        """The objective as a sum of forms for the fused kernels; empty where it is none, or does not read a chunk of logits."""
+        make = self.description.forms
+        if make is None or not self.on_logits or self.is_row_set:
+            return ()
+        objective = self.objectives[0]
+        if isinstance(objective, nn.Module):
+            return make(objective)
+        options = {name: option.default for name, option in inspect.signature(objective).parameters.items()}
+        return make(**{name: options[name] for name in inspect.signature(make).parameters})
+
     def values(self, student: Tensor, teacher: Tensor | None, inputs: Mapping[str, Any], match: int = 0) -> Tensor:
         """The objective on rows ``(n, …)``, in float32, with temperature and its factor: ``(n,)``."""
         if self.temperature != 1.0:
             student = student / self.temperature
             teacher = teacher if teacher is None else teacher / self.temperature
         given = {name: inputs[name] for name in self.description.inputs}
-        result = self.objectives[match if len(self.objectives) > 1 else 0](student, teacher, **given)
+        result = self._calls[match if len(self._calls) > 1 else 0](student, teacher, **given)
         if result.shape != student.shape[:1]:
             raise DistilyError(
                 f"objective {self.key}: it returned shape {tuple(result.shape)}, not one value for each of {student.shape[0]} rows."
@@ -144,6 +164,13 @@ class Term(nn.Module):
         """The modules of a pair that may have to be calibrated."""
         objective = self.objectives[pair if len(self.objectives) > 1 else 0]
         return [objective, *self.projectors[pair : pair + 1], *self.normalizers[pair : pair + 1]]
+
+
+def _compiled(objective: Any) -> Any:
+    def call(student: Tensor, teacher: Tensor | None, **inputs: Any) -> Any:
+        return objective(student, teacher, **inputs)
+
+    return torch.compile(call)
 
 
 def build_terms(

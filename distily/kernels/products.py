@@ -1,0 +1,135 @@
+"""The product that makes logits, with all that follows it in one kernel; and the logit of the label, which it counts from.
+
+Letters: N rows, H hidden width, V vocabulary, W the width of a row of the buffer (V and its padding).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from distily.products import Product
+
+BLOCK_ROWS, BLOCK_VOCABULARY, BLOCK_WIDTH = 128, 256, 64
+STAGES, WARPS = 4, 8
+HALF_LIMIT = tl.constexpr(65504.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _finish(raw, scale, cap, HAS_CAP: tl.constexpr):
+    """What the model's class does to the head's output: scale, then soft-capping."""
+    logits = raw * scale
+    if HAS_CAP:
+        logits = cap - 2.0 * cap / (tl.exp2(logits * (2.0 * LOG2_E / cap)) + 1.0)  # cap · tanh(logits / cap)
+    return logits
+
+
+@triton.jit
+def _logits(
+    hidden, weight, out, bias_ptr, reference_ptr, parts_ptr, rows, vocabulary, width, scale, cap, inverse,
+    BLOCK_ROWS: tl.constexpr, BLOCK_VOCABULARY: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PROGRAMS: tl.constexpr,
+    PARTS: tl.constexpr, RAGGED: tl.constexpr, HARD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+    tiles = row_blocks * tl.cdiv(vocabulary, BLOCK_VOCABULARY)
+    half: tl.constexpr = BLOCK_VOCABULARY // 2
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):  # rows first: neighbours share a block of the head
+        row = (tile % row_blocks) * BLOCK_ROWS
+        token = (tile // row_blocks) * BLOCK_VOCABULARY
+        logits = tl.zeros((BLOCK_ROWS, BLOCK_VOCABULARY), tl.float32)
+        for start in range(0, width, BLOCK_WIDTH):
+            logits = tl.dot(hidden.load([row, start]), weight.load([token, start]).T, logits)
+        tokens = token + tl.arange(0, BLOCK_VOCABULARY)
+        if HAS_BIAS:
+            logits += tl.load(bias_ptr + tokens, mask=tokens < vocabulary, other=0.0).to(tl.float32)[None, :]
+        if HAS_SCALE or HAS_CAP:
+            logits = _finish(logits, scale, cap, HAS_CAP)
+        at = row + tl.arange(0, BLOCK_ROWS)
+        logits -= tl.load(reference_ptr + at, mask=at < rows, other=0.0)[:, None]
+        logits = tl.minimum(logits, HALF_LIMIT)
+        if RAGGED:
+            logits = tl.where((tokens < vocabulary)[None, :], logits, -float("inf"))
+        stored = logits.to(tl.float16)
+        logits = stored.to(tl.float32)  # what is summed is what will be read
+        top = tl.maximum(tl.max(logits, 1), -HALF_LIMIT)  # of a block without mass: a number, since -inf − -inf is none
+        apart = logits - top[:, None]
+        part = parts_ptr + (at * tl.cdiv(vocabulary, BLOCK_VOCABULARY) + token // BLOCK_VOCABULARY) * PARTS
+        tl.store(part, top, mask=at < rows)
+        tl.store(part + 1, tl.sum(tl.exp2(apart * inverse), 1), mask=at < rows)
+        if HARD:
+            tl.store(part + 2, tl.sum(tl.exp2(apart * LOG2_E), 1), mask=at < rows)
+        left, right = tl.split(tl.permute(tl.reshape(stored, (BLOCK_ROWS, 2, half)), (0, 2, 1)))
+        out.store([row, token], left)
+        out.store([row, token + half], right)
+
+
+@triton.jit
+def _label_logits(
+    hidden_ptr, weight_ptr, bias_ptr, labels_ptr, out_ptr, width, scale, cap,
+    BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(hidden_ptr + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+        total += x * tl.load(weight_ptr + label * width + at, mask=at < width, other=0.0).to(tl.float32)
+    raw = tl.sum(total, 0)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + label).to(tl.float32)
+    logit = _finish(raw, scale, cap, HAS_CAP)
+    tl.store(out_ptr + row, tl.where(tl.abs(logit) < float("inf"), logit, 0.0))
+
+
+def label_logits(product: Product, labels: Tensor) -> Tensor:
+    """The logit of each row's label in float32, 0 where it is not finite: ``(N,) -> (N,)``."""
+    hidden, weight, bias = product.hidden, product.weight, product.bias
+    out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    if len(hidden):
+        _label_logits[(len(hidden),)](
+            hidden, weight, weight if bias is None else bias, labels, out, hidden.shape[1], product.scale, product.softcap or 0.0,
+            BLOCK=1024, HAS_BIAS=bias is not None, HAS_CAP=product.softcap is not None, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def relative_logits(product: Product, reference: Tensor, out: Tensor, temperature: float, hard: bool = False) -> Tensor:
+    """Writes the logits of ``product`` minus ``reference`` (N,) to ``out`` ``(N, W)`` in half precision, -inf beyond V.
+
+    Counted from a likely token, the logits that matter are near 0, where half precision is finest; it keeps eight times the digits of
+    bfloat16. Gives ``(N, B, 2)`` for B blocks of the vocabulary: the highest logit, and Σ exp of the others less that over the temperature;
+    with ``hard`` ``(N, B, 3)``: the same sum without temperature. ``product`` is in bfloat16 or float16, see ``Product.unsuited``.
+    """
+    hidden, weight, bias = product.hidden, product.weight, product.bias
+    hidden_blocks = TensorDescriptor.from_tensor(hidden, [BLOCK_ROWS, BLOCK_WIDTH])
+    weight_blocks = TensorDescriptor.from_tensor(weight, [BLOCK_VOCABULARY, BLOCK_WIDTH])
+    out_blocks = TensorDescriptor.from_tensor(out, [BLOCK_ROWS, BLOCK_VOCABULARY // 2])
+    rows, vocabulary = len(hidden), len(weight)
+    blocks = triton.cdiv(vocabulary, BLOCK_VOCABULARY)
+    parts = torch.empty((rows, blocks, 3 if hard else 2), dtype=torch.float32, device=hidden.device)
+    programs = min(triton.cdiv(rows, BLOCK_ROWS) * blocks, processors(hidden.device))
+    _logits[(programs,)](
+        hidden_blocks, weight_blocks, out_blocks, reference if bias is None else bias, reference, parts,
+        rows, vocabulary, hidden.shape[1], product.scale, product.softcap or 0.0, LOG2_E.value / temperature,
+        BLOCK_ROWS=BLOCK_ROWS, BLOCK_VOCABULARY=BLOCK_VOCABULARY, BLOCK_WIDTH=BLOCK_WIDTH, PROGRAMS=programs, PARTS=parts.shape[2],
+        RAGGED=vocabulary % BLOCK_VOCABULARY != 0, HARD=hard, HAS_BIAS=bias is not None, HAS_SCALE=product.scale != 1.0,
+        HAS_CAP=product.softcap is not None, num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return parts
+
+
+def waves(rows: int, vocabulary: int, device: torch.device) -> int:
+    """How often every processor gets a tile of a product with so many rows: its time, in units of a tile's."""
+    tiles = triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(vocabulary, BLOCK_VOCABULARY)
+    return int(triton.cdiv(tiles, processors(device)))
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 4 where the kernels are interpreted on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

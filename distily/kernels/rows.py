@@ -1,0 +1,254 @@
+"""One pass over the logits of student and teacher: the value of every term of a family, and the gradient at the student's logits.
+
+A term is Σ_v f(log s_v, log t_v). With φ = ∂f/∂log s its gradient at logit v is φ_v − s_v Σ_u φ_u. The log-sum-exps come from the
+product that made the logits; where Σφ is known beforehand, as for forward KL and the cross-entropies, one sweep over a row writes
+values and gradient. Every other form has a sweep for its Σφ before that.
+Letters: N rows, V vocabulary, W the width of a row of the buffers, F forms; s and t are the student's and the teacher's distributions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distily.forms import FORMS
+from distily.kernels.products import LOG2_E, processors
+
+BLOCK, WARPS, REGISTERS = 4096, 16, 64
+"""Tokens that a program holds at a time, its warps, and the registers of a thread: as many as let two programs run on a processor."""
+LN_2 = tl.constexpr(0.6931471805599453)
+
+NUMBERS = {name: number for number, name in enumerate(FORMS)}
+"""A form's number in the kernel; those from ``jsd`` on have a sweep of their own."""
+CROSS_ENTROPY = tl.constexpr(NUMBERS["cross_entropy"])
+FORWARD_KL = tl.constexpr(NUMBERS["forward_kl"])
+REVERSE_KL = tl.constexpr(NUMBERS["reverse_kl"])
+SOFT_CROSS_ENTROPY = tl.constexpr(NUMBERS["soft_cross_entropy"])
+JSD = tl.constexpr(NUMBERS["jsd"])
+SKEW_KL = tl.constexpr(NUMBERS["skew_kl"])
+SKEW_REVERSE_KL = tl.constexpr(NUMBERS["skew_reverse_kl"])
+SKEW_REVERSE_KL_DETACHED = tl.constexpr(NUMBERS["skew_reverse_kl_detached"])
+TOTAL_VARIATION = tl.constexpr(NUMBERS["total_variation"])
+ALPHA_BETA = tl.constexpr(NUMBERS["alpha_beta"])
+RENYI = tl.constexpr(NUMBERS["renyi"])
+
+
+@triton.jit
+def _form(FORM: tl.constexpr, p, q, s, t, log_s, log_t):
+    """``(f, φ)`` of a form at a token; logarithms to base 2 in, nats out. ``p``, ``q``: its parameters."""
+    if FORM == FORWARD_KL:
+        return tl.where(t > 0, t * (log_t - log_s), 0.0) * LN_2, -t
+    if FORM == SOFT_CROSS_ENTROPY:
+        return tl.where(t > 0, -t * log_s, 0.0) * LN_2, -t
+    if FORM == REVERSE_KL:
+        value = tl.where(s > 0, s * (log_s - log_t), 0.0) * LN_2
+        return value, value
+    if FORM == JSD:
+        log_m = tl.log2(p * t + (1.0 - p) * s)
+        from_s = tl.where(s > 0, s * (log_s - log_m), 0.0) * (LN_2 * (1.0 - p))
+        return tl.where(t > 0, t * (log_t - log_m), 0.0) * (LN_2 * p) + from_s, from_s
+    if FORM == SKEW_KL:
+        m = p * t + (1.0 - p) * s
+        return tl.where(t > 0, t * (log_t - tl.log2(m)), 0.0) * LN_2, tl.where(t > 0, -(1.0 - p) * s * t / m, 0.0)
+    if FORM == SKEW_REVERSE_KL or FORM == SKEW_REVERSE_KL_DETACHED:
+        m = (1.0 - p) * t + p * s
+        value = tl.where(s > 0, s * (log_s - tl.log2(m)), 0.0) * LN_2
+        if FORM == SKEW_REVERSE_KL_DETACHED:
+            return value, value
+        return value, value - tl.where(s > 0, p * s * s / m, 0.0)
+    if FORM == TOTAL_VARIATION:
+        return 0.5 * tl.abs(t - s), 0.5 * (tl.where(s > t, s, 0.0) - tl.where(s < t, s, 0.0))
+    if FORM == ALPHA_BETA:
+        both = tl.exp2(p * log_t + q * log_s)
+        own = tl.exp2((p + q) * log_s)
+        value = (p * tl.exp2((p + q) * log_t) + q * own - (p + q) * both) / (p * q * (p + q))
+        return value, (own - both) / p
+    power = tl.exp2(p * log_t + (1.0 - p) * log_s)
+    return power, -power
+
+
+@triton.jit
+def _read(pointer, at, vocabulary, width):
+    """Stored logits in float32, -inf beyond the vocabulary."""
+    stored = tl.load(pointer + at, mask=at < width, other=0.0).to(tl.float32)
+    return tl.where(at < vocabulary, stored, -float("inf"))
+
+
+@triton.jit
+def _log_mass(parts_ptr, blocks, inverse, place, PARTS: tl.constexpr, SLOTS: tl.constexpr):
+    """The log-sum-exp of a row to base 2, from the tops and sums of its blocks."""
+    at = tl.arange(0, SLOTS)
+    tops = tl.load(parts_ptr + at * PARTS, mask=at < blocks, other=-float("inf"))
+    sums = tl.load(parts_ptr + at * PARTS + place, mask=at < blocks, other=0.0)
+    top = tl.max(tops, 0)
+    return top * inverse + tl.log2(tl.sum(sums * tl.exp2((tops - top) * inverse), 0))
+
+
+@triton.jit
+def _late_sums(
+    student, teacher, vocabulary, width, teacher_width, inverse, log_mass_s, log_mass_t, p, q,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Σ f and Σ φ of a late form over a row."""
+    value = tl.zeros((BLOCK,), tl.float32)
+    slope = tl.zeros((BLOCK,), tl.float32)
+    blocks = tl.cdiv(width, BLOCK)
+    for step in range(blocks):
+        at = (blocks - 1 - step if BACKWARD else step) * BLOCK + tl.arange(0, BLOCK)
+        log_s = _read(student, at, vocabulary, width) * inverse - log_mass_s
+        log_t = _read(teacher, at, vocabulary, teacher_width) * inverse - log_mass_t
+        f, phi = _form(FORM, p, q, tl.exp2(log_s), tl.exp2(log_t), log_s, log_t)
+        value += f
+        slope += phi
+    return tl.sum(value, 0), tl.sum(slope, 0)
+
+
+@triton.jit
+def _slopes(
+    student, teacher, values_ptr, coefficients_ptr, parameters_ptr, vocabulary, width, teacher_width, values_width, inverse,
+    log_mass_s, log_mass_t, FORMS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Σ over the forms of coefficient · Σφ, and Σ t^α s^(1−α) where a form needs it; values of the late forms are stored."""
+    slopes, power = 0.0, 1.0
+    for place in tl.static_range(COUNT):
+        coefficient = tl.load(coefficients_ptr + place)
+        if FORMS[place] == FORWARD_KL or FORMS[place] == SOFT_CROSS_ENTROPY:
+            slopes -= coefficient
+        elif FORMS[place] != CROSS_ENTROPY:
+            p, q = tl.load(parameters_ptr + 2 * place), tl.load(parameters_ptr + 2 * place + 1)
+            value, slope = _late_sums(
+                student, teacher, vocabulary, width, teacher_width, inverse, log_mass_s, log_mass_t, p, q,
+                FORMS[place], BLOCK, place % 2 == 0,
+            )  # fmt: skip
+            if FORMS[place] == RENYI:
+                power, slope = value, slope / value
+                value = tl.log2(value) * LN_2 / (p - 1.0)
+            tl.store(values_ptr + place * values_width, value)
+            slopes += coefficient * slope
+    return slopes, power
+
+
+@triton.jit
+def _sweep(
+    student, teacher, gradient_ptr, coefficients_ptr, parameters_ptr, vocabulary, width, teacher_width, inverse, scale, cap,
+    log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
+    FORMS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, HAS_TEACHER: tl.constexpr, FORWARD: tl.constexpr,
+    SOFT: tl.constexpr, HAS_CAP: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient of a row; gives the values of ``forward_kl`` and ``soft_cross_entropy``, where they are wanted."""
+    forward = tl.zeros((BLOCK,), tl.float32)
+    soft = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        raw = _read(student, at, vocabulary, width)
+        log_s = raw * inverse - log_mass_s
+        s, t, log_t = tl.exp2(log_s), log_s, log_s
+        if HAS_TEACHER:
+            log_t = _read(teacher, at, vocabulary, teacher_width) * inverse - log_mass_t
+            t = tl.exp2(log_t)
+        if FORWARD:
+            forward += _form(FORWARD_KL, 0.0, 0.0, s, t, log_s, log_t)[0]
+        if SOFT:
+            soft += _form(SOFT_CROSS_ENTROPY, 0.0, 0.0, s, t, log_s, log_t)[0]
+        gradient = -slopes * s
+        for place in tl.static_range(COUNT):
+            coefficient = tl.load(coefficients_ptr + place)
+            if FORMS[place] == CROSS_ENTROPY:
+                gradient += coefficient * (tl.exp2(raw * LOG2_E - log_mass_hard) - tl.where(at == label, 1.0, 0.0))
+            else:
+                p, q = tl.load(parameters_ptr + 2 * place), tl.load(parameters_ptr + 2 * place + 1)
+                _, phi = _form(FORMS[place], p, q, s, t, log_s, log_t)
+                gradient += (coefficient / power if FORMS[place] == RENYI else coefficient) * phi
+        if HAS_CAP:
+            capped = (raw + reference) / cap
+            gradient *= 1.0 - capped * capped
+        if GRADIENT:
+            gradient = tl.where(at < vocabulary, gradient * scale, 0.0)
+            tl.store(gradient_ptr + at, gradient.to(gradient_ptr.dtype.element_ty), mask=at < width)
+    return tl.sum(forward, 0) if FORWARD else 0.0, tl.sum(soft, 0) if SOFT else 0.0
+
+
+@triton.jit
+def _rows(
+    student_ptr, teacher_ptr, gradient_ptr, labels_ptr, reference_ptr, student_parts_ptr, teacher_parts_ptr, values_ptr,
+    coefficients_ptr, parameters_ptr, rows, vocabulary, width, teacher_width, values_width, student_blocks, teacher_blocks,
+    inverse, scale, cap,
+    FORMS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr,
+    STUDENT_PARTS: tl.constexpr, TEACHER_PARTS: tl.constexpr, FORWARD: tl.constexpr, SOFT: tl.constexpr,
+    HARD: tl.constexpr, HAS_CAP: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    wide, teacher_wide = width.to(tl.int64), teacher_width.to(tl.int64)
+    for row in tl.range(tl.program_id(0), rows, PROGRAMS):
+        student, teacher, values = student_ptr + row * wide, teacher_ptr + row * teacher_wide, values_ptr + row
+        parts = student_parts_ptr + row * student_blocks * STUDENT_PARTS
+        log_mass_s = _log_mass(parts, student_blocks, inverse, 1, STUDENT_PARTS, SLOTS)
+        log_mass_t, log_mass_hard, label, at_label = 0.0, 0.0, 0, 0.0
+        if TEACHER_PARTS:
+            parts_t = teacher_parts_ptr + row * teacher_blocks * TEACHER_PARTS
+            log_mass_t = _log_mass(parts_t, teacher_blocks, inverse, 1, TEACHER_PARTS, SLOTS)
+        if HARD:
+            label = tl.load(labels_ptr + row).to(tl.int32)
+            log_mass_hard = _log_mass(parts, student_blocks, LOG2_E, 2, STUDENT_PARTS, SLOTS)
+            at_label = tl.load(student + label).to(tl.float32)
+            tl.debug_barrier()  # it is read before it is overwritten
+        reference = tl.load(reference_ptr + row) if HAS_CAP else 0.0
+        slopes, power = _slopes(
+            student, teacher, values, coefficients_ptr, parameters_ptr, vocabulary, width, teacher_width, values_width, inverse,
+            log_mass_s, log_mass_t, FORMS, COUNT, BLOCK,
+        )  # fmt: skip
+        forward, soft = _sweep(
+            student, teacher, gradient_ptr + row * wide, coefficients_ptr, parameters_ptr, vocabulary, width, teacher_width, inverse,
+            scale, cap, log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
+            FORMS, COUNT, BLOCK, TEACHER_PARTS != 0, FORWARD, SOFT, HAS_CAP, GRADIENT,
+        )  # fmt: skip
+        for place in tl.static_range(COUNT):
+            if FORMS[place] == FORWARD_KL:
+                tl.store(values + place * values_width, forward)
+            elif FORMS[place] == SOFT_CROSS_ENTROPY:
+                tl.store(values + place * values_width, soft)
+            elif FORMS[place] == CROSS_ENTROPY:
+                tl.store(values + place * values_width, log_mass_hard * LN_2 - at_label)
+
+
+def rows_pass(
+    student: Tensor,
+    teacher: Tensor | None,
+    gradient: Tensor | None,
+    student_parts: Tensor,
+    teacher_parts: Tensor | None,
+    forms: Sequence[str],
+    coefficients: Tensor,
+    parameters: Tensor,
+    labels: Tensor,
+    reference: Tensor,
+    values: Tensor,
+    *,
+    temperature: float,
+    scale: float = 1.0,
+    cap: float | None = None,
+    vocabulary: int,
+) -> None:
+    """Values of every form and row to ``values`` (F, n), in nats; Σ coefficient · gradient at the head's output to ``gradient``.
+
+    ``student`` and ``teacher`` (n, W): logits up to an offset in each row, in any floating dtype, with the ``parts`` that
+    ``relative_logits`` gives; ``gradient`` (n, W) may lie over ``student``, and is 0 beyond V. ``coefficients`` (F,) and ``parameters``
+    (F, 2) in float32; the temperature divides all logits but those of ``cross_entropy``; coefficients of the others include 1/T.
+    ``reference`` (n,): what was taken off ``student``, for soft-capping alone. ``scale`` and ``cap``: what the student's class does to
+    the head's output. ``forms``: names, at most one ``renyi``.
+    """
+    numbers = tuple(NUMBERS[form] for form in forms)
+    programs = min(len(student), 2 * processors(student.device))
+    blocks = [0 if parts is None else parts.shape[1] for parts in (student_parts, teacher_parts)]
+    _rows[(programs,)](
+        student, student if teacher is None else teacher, student if gradient is None else gradient, labels, reference,
+        student_parts, student_parts if teacher_parts is None else teacher_parts, values, coefficients, parameters,
+        len(student), vocabulary, student.stride(0), (student if teacher is None else teacher).stride(0), values.stride(0),
+        *blocks, LOG2_E.value / temperature, scale, cap or 1.0,
+        FORMS=numbers, COUNT=len(numbers), BLOCK=BLOCK, PROGRAMS=programs, SLOTS=triton.next_power_of_2(max(blocks)),
+        STUDENT_PARTS=student_parts.shape[2], TEACHER_PARTS=0 if teacher_parts is None else teacher_parts.shape[2],
+        FORWARD="forward_kl" in forms, SOFT="soft_cross_entropy" in forms, HARD="cross_entropy" in forms, HAS_CAP=cap is not None,
+        GRADIENT=gradient is not None, num_warps=WARPS, maxnreg=REGISTERS,
+    )  # fmt: skip

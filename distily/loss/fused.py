@@ -1,0 +1,197 @@
+"""The fast path of the chunked loss on a GPU: the products that make logits, one kernel for all terms, the products with their gradient.
+
+Student logits are kept in half precision, counted from the label's logit, where half precision is finest; the kernel writes their
+gradient over them, in bfloat16. So a row of the vocabulary costs four bytes, whatever the number of terms.
+Letters: N supervised tokens, n rows of a block, H hidden width, V vocabulary, W the width of a row of the buffers, F forms, K terms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distily.forms import Form
+from distily.loss.gradients import Gradients
+from distily.loss.heads import OutputHead
+from distily.loss.terms import Term
+from distily.products import Product, unsuited
+
+MOST_FORMS = 8
+MOST_BYTES, LEAST_BYTES = 2200 * 2**20, 256 * 2**20
+"""What the buffers and the head's gradient may take together, if a quarter of the free memory is not less; and what buffers get."""
+PARTS = range(512, 1281, 128)
+"""Rows of the teacher's logits at a time. The student's are a block of many parts, since the head's gradient likes many rows."""
+WIDTH_MULTIPLE, ROW_MULTIPLE = 128, 128
+
+
+@dataclass(frozen=True)
+class FusedTerms:
+    """Terms that one kernel computes: their forms, and of each the place of its term."""
+
+    terms: Sequence[Term]
+    forms: Sequence[Form]
+    owners: Sequence[int]
+    temperature: float
+
+
+def fuse(terms: Sequence[Term], head: OutputHead, rows: Tensor, dtype: torch.dtype, apart: bool = False) -> FusedTerms | str:
+    """What the kernels compute for ``terms`` on hidden ``rows`` (N, H) in ``dtype``, or why they do not: in words that end a sentence.
+
+    ``apart``: whether somebody needs the gradients of single terms.
+    """
+    module: Any = head.module
+    if not head.is_linear:
+        return f"a head of type {type(module).__name__} is no plain linear layer"
+    if apart:
+        return "gradients meet in a combiner, which asks for those of single terms"
+    if dtype == torch.float16:
+        return "float16 has no room for the gradients of single logits"
+    return unsuited(rows, module.weight, dtype) or forms_of(terms)
+
+
+def forms_of(terms: Sequence[Term]) -> FusedTerms | str:
+    """The terms as forms of one pass, or why they are not."""
+    forms: list[Form] = []
+    owners: list[int] = []
+    for place, term in enumerate(terms):
+        own = term.forms()
+        if not own:
+            return f"the kernels do not know {term.key} with these options"
+        forms += own
+        owners += [place] * len(own)
+    if len(forms) > MOST_FORMS:
+        return f"the terms come to {len(forms)} forms, more than {MOST_FORMS}"
+    if sum(form.name == "renyi" for form in forms) > 1:
+        return "a pass holds one Rényi divergence"
+    names = {term.key: [form.name for form in term.forms()] for term in terms}
+    temperatures = {term.temperature for term in terms if names[term.key] != ["cross_entropy"]}
+    if len(temperatures) > 1:
+        return f"the terms have several temperatures ({', '.join(f'{each:g}' for each in sorted(temperatures))})"
+    return FusedTerms(terms, forms, owners, temperatures.pop() if temperatures else 1.0)
+
+
+def fused_rows(
+    fused: FusedTerms,
+    student: Product,
+    teacher: Any,
+    labels: Tensor,
+    weights: Mapping[str, Any],
+    items: Tensor,
+    gradients: Gradients | None,
+    block_rows: int | None = None,
+) -> Tensor:
+    """Σ over the rows ÷ N of every fused term, ``(K,)``; their weighted gradient goes to ``gradients``.
+
+    ``teacher`` is a logit source or None. ``block_rows``: rows whose logits exist at a time; None: from shapes and free memory.
+    """
+    from distily.kernels.rows import rows_pass
+
+    hidden, weight = student.hidden, student.weight
+    count, vocabulary = len(hidden), len(weight)
+    rows = block_rows or rows_of_a_block(count, weight)
+    names = [form.name for form in fused.forms]
+    logits = _Logits(student, teacher, labels, rows, fused.temperature, "cross_entropy" in names)
+    factors, coefficients = _coefficients(fused, weights, items)
+    parameters = torch.tensor([(*form.parameters, 0.0, 0.0)[:2] for form in fused.forms], dtype=torch.float32)
+    parameters = parameters.to(hidden.device, non_blocking=True)
+    values = torch.empty((len(fused.forms), count), dtype=torch.float32, device=hidden.device)
+    for start in range(0, count, rows):
+        stop = min(start + rows, count)
+        block, block_sums = logits.of_student(slice(start, stop))
+        for first in range(start, stop, logits.part):
+            at = slice(first, min(first + logits.part, stop))
+            inside = slice(at.start - start, at.stop - start)
+            mine = block[inside]
+            theirs, their_sums = logits.of_teacher(at)
+            rows_pass(
+                mine, theirs, None if gradients is None else mine.view(hidden.dtype), block_sums[inside], their_sums, names,
+                coefficients, parameters, labels[at], logits.reference[at], values[:, at],
+                temperature=fused.temperature, scale=student.scale, cap=student.softcap, vocabulary=vocabulary,
+            )  # fmt: skip
+        if gradients is not None:
+            gradients.add(slice(start, stop), logits.gradient(stop - start), hidden[start:stop], weight)
+    sums = values.sum(1) * factors
+    owners = torch.tensor(fused.owners).to(hidden.device, non_blocking=True)
+    return sums.new_zeros(len(fused.terms)).index_add(0, owners, sums)
+
+
+class _Logits:
+    """The buffers of a block: all of the student's rows, and a part of the teacher's; both counted from the label's logit."""
+
+    def __init__(self, student: Product, teacher: Any, labels: Tensor, rows: int, temperature: float, hard: bool) -> None:
+        from distily.kernels.products import label_logits
+
+        self.student, self.source = student, teacher
+        self.temperature, self.hard = temperature, hard
+        self.part = rows_of_a_part(rows, len(student.weight), labels.device)
+        product = None if teacher is None else teacher.product(slice(0, len(labels)))
+        self.teacher = None if product is None or product.unsuited() is not None else product
+        self.reference = label_logits(student, labels)
+        self._teacher_reference = self.reference if self.teacher is None else label_logits(self.teacher, labels)
+        width = math.ceil(len(student.weight) / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        self._student = torch.empty((rows, width), dtype=torch.float16, device=labels.device)
+        self._teacher = self._student.new_empty((0 if self.teacher is None else self.part, width))
+
+    def of_student(self, at: slice) -> tuple[Tensor, Tensor]:
+        """Logits of a block's rows, and the parts of their sums."""
+        from distily.kernels.products import relative_logits
+
+        out = self._student[: at.stop - at.start]
+        return out, relative_logits(self.student.rows(at), self.reference[at], out, self.temperature, self.hard)
+
+    def of_teacher(self, at: slice) -> tuple[Tensor | None, Tensor | None]:
+        """The same of the teacher. One whose head does not suit the kernel gives its logits itself."""
+        from distily.kernels.products import relative_logits
+
+        if self.teacher is not None:
+            out = self._teacher[: at.stop - at.start]
+            return out, relative_logits(self.teacher.rows(at), self._teacher_reference[at], out, self.temperature)
+        if self.source is None:
+            return None, None
+        dense: Tensor = self.source.chunk(at)
+        mass = (dense / self.temperature).logsumexp(-1) * self.temperature
+        return dense, torch.stack([mass, torch.ones_like(mass)], -1)[:, None].float()
+
+    def gradient(self, rows: int) -> Tensor:
+        """What the terms wrote over the student's logits: ``(n, W)``, 0 beyond V."""
+        return self._student.view(self.student.hidden.dtype)[:rows]
+
+
+def _coefficients(fused: FusedTerms, weights: Mapping[str, Any], items: Tensor) -> tuple[Tensor, Tensor]:
+    """What a form's value is multiplied by, and what its gradient is: ``(F,)`` each, on the device and without waiting for it."""
+    factors = torch.ones(len(fused.forms), dtype=torch.float32, device=items.device)
+    coefficients = torch.empty_like(factors)
+    for place, (form, owner) in enumerate(zip(fused.forms, fused.owners, strict=True)):
+        term = fused.terms[owner]
+        factors[place].mul_(form.factor).mul_(term.factor)
+        own = 1.0 if form.name == "cross_entropy" else fused.temperature
+        torch.mul(factors[place], weights[term.key], out=coefficients[place]).div_(own)
+    return factors.div_(items), coefficients.div_(items)
+
+
+def rows_of_a_block(count: int, weight: Tensor) -> int:
+    """Rows whose logits exist at a time: ``count`` in equal parts, as large as memory allows beside the gradient of ``weight`` (V, H)."""
+    allowed = MOST_BYTES
+    if weight.is_cuda:
+        cached = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+        allowed = min(allowed, (torch.cuda.mem_get_info(weight.device)[0] + cached) // 4)
+    allowed = max(LEAST_BYTES, allowed - 4 * weight.numel())
+    most = max(ROW_MULTIPLE, allowed // (2 * len(weight)) - PARTS[1])
+    blocks = math.ceil(max(1, count) / most)
+    return math.ceil(max(1, count) / blocks / ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def rows_of_a_part(rows: int, vocabulary: int, device: torch.device) -> int:
+    """Into how many rows a block is best cut for the teacher: so that a product leaves few processors idle at its end."""
+    from distily.kernels.products import waves
+
+    def cost(part: int) -> tuple[int, int]:
+        whole, rest = divmod(rows, part)
+        return whole * waves(part, vocabulary, device) + waves(rest, vocabulary, device), part
+
+    return min((part for part in PARTS if part <= rows), key=cost, default=rows)

@@ -1,0 +1,131 @@
+"""Where the gradients of the loss add up while logits come and go: at the hidden rows, the head, its bias, and learned parameters.
+
+Letters: N supervised tokens, n rows, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MOST_PADDING = 128
+"""Columns of zeros that gradients at logits may have beyond the head's rows, so that products have sizes that a GPU likes."""
+
+
+class Gradients:
+    """Sums of gradients, in float32 (float64 where the input was); None for an input that needs none.
+
+    ``once``: every hidden row gets its gradient in one piece, which is then kept as the product made it, in the rows' dtype.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor | None], wanted: Sequence[bool], once: bool = False) -> None:
+        self.wanted = [want and value is not None for want, value in zip(wanted, inputs, strict=True)]
+        self.dtypes = [None if value is None else value.dtype for value in inputs]
+        rows, weight, bias, *learned = (value if want else None for want, value in zip(self.wanted, inputs, strict=True))
+        self.once = once
+        self.rows = None if rows is None else torch.empty_like(rows) if once else _zeros(rows)
+        self.padding = MOST_PADDING if weight is not None and weight.is_cuda else 0
+        self.weight = None if weight is None else _wide_rows(weight, self.padding)
+        self.bias = None if bias is None else _zeros(bias)
+        self.learned = [None if value is None else _zeros(value) for value in learned]
+        self._is_empty = True
+
+    def add(self, at: slice | Tensor, at_logits: Tensor, hidden: Tensor, weight: Tensor, with_rows: bool = True) -> None:
+        """From the gradient at logits ``(n, V)`` of rows ``at``: that of their ``hidden`` (n, H), of ``weight`` (V, H) and the bias.
+
+        ``at_logits`` may be wider than V, with zeros.
+        """
+        at_logits, at_padded = at_logits[:, : len(weight)], at_logits if self.padding else at_logits[:, : len(weight)]
+        if self.weight is not None:
+            self._add_weight(self.weight[: at_padded.shape[1]], at_padded, hidden)
+        if self.rows is not None and with_rows:
+            self._add_rows(at, at_logits, weight)
+        if self.bias is not None:
+            self.bias[: len(weight)] += at_logits.sum(0, dtype=self.bias.dtype)
+
+    def _add_rows(self, at: slice | Tensor, at_logits: Tensor, weight: Tensor) -> None:
+        assert self.rows is not None
+        if self.once:
+            product(at_logits, weight, self.rows[at])
+        else:
+            accumulate(self.rows, at, at_logits @ weight)
+
+    def add_learned(self, values: Sequence[Tensor]) -> None:
+        for total, own in zip(self.learned, values, strict=True):
+            if total is not None:
+                total += own
+
+    def _add_weight(self, total: Tensor, at_logits: Tensor, hidden: Tensor) -> None:
+        """The product goes into the sum in float32, without a copy of the head in between where the device can do that."""
+        transposed = at_logits.T
+        if self._is_empty:
+            self._clear(len(total))
+        if at_logits.is_cuda and at_logits.dtype != total.dtype:
+            if self._is_empty:
+                torch.mm(transposed, hidden, out_dtype=total.dtype, out=total)
+            else:
+                torch.addmm(total, transposed, hidden, out_dtype=total.dtype, out=total)
+        elif self._is_empty:
+            total.copy_(transposed @ hidden)
+        else:
+            total += transposed @ hidden
+        self._is_empty = False
+
+    def _clear(self, first: int) -> None:
+        """Zeros for the rows of the head from ``first`` on: those that no product reaches."""
+        if self.weight is not None:
+            self.weight[first:].zero_()
+
+    def scaled(self, factor: Tensor) -> list[Tensor | None]:
+        """The gradients times ``factor`` in the dtypes of the inputs. They are handed over: a second call finds none."""
+        if self._is_empty:
+            self._clear(0)
+        weight = None if self.weight is None else self.weight[: len(self.weight) - self.padding]
+        sums = [self.rows, weight, self.bias, *self.learned]
+        self.rows = self.weight = self.bias = None
+        self.learned = []
+        return [
+            _scaled(total, factor, dtype) if want else None
+            for total, want, dtype in zip(sums, self.wanted, self.dtypes, strict=True)
+        ]
+
+
+def product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """``left @ right``, (n, V) times (V, H). cuBLAS is five times slower where V is no multiple of 8, so the rest is a product apart."""
+    even = left.shape[1] // 8 * 8
+    if even == left.shape[1] or not left.is_cuda:
+        torch.mm(left, right, out=out)
+    else:
+        torch.addmm(left[:, even:] @ right[even:], left[:, :even], right[:even], out=out)
+
+
+def _scaled(values: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    assert values is not None, "the loss was differentiated a second time, which it cannot be"
+    assert dtype is not None
+    if not values.is_cuda:
+        return (values * factor).to(dtype)
+    from distily.kernels.scaling import scaled
+
+    return scaled(values, factor, dtype)
+
+
+def _wide(value: Tensor) -> torch.dtype:
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def _wide_rows(weight: Tensor, padding: int) -> Tensor:
+    return weight.new_empty((weight.shape[0] + padding, weight.shape[1]), dtype=_wide(weight))
+
+
+def _zeros(value: Tensor) -> Tensor:
+    return torch.zeros_like(value, dtype=_wide(value))
+
+
+def accumulate(total: Tensor, at: slice | Tensor, values: Tensor) -> None:
+    """``values`` (n, H) added to the rows ``at`` of ``total`` (N, H); a row may occur more than once."""
+    if isinstance(at, slice):
+        total[at] += values
+    else:
+        total.index_add_(0, at, values.to(total.dtype))

@@ -1,0 +1,51 @@
+"""Logits that are not formed yet: what an output embedding would make of hidden states.
+
+Letters: N rows, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Product:
+    """Rows ``hidden`` (N, H), ``weight`` (V, H) and ``bias`` (V,); ``scale`` and ``softcap`` are what the model's class does afterwards."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def rows(self, at: slice | Tensor) -> Product:
+        return replace(self, hidden=self.hidden[at])
+
+    def formed(self) -> Tensor:
+        """The product itself, ``(N, V)`` in float32 (float64 stays): on a GPU as the product adds it up, not rounded to the rows' dtype."""
+        hidden, weight, bias = self.hidden, self.weight, self.bias
+        if hidden.dtype not in (torch.bfloat16, torch.float16) or not hidden.is_cuda:
+            raw = torch.nn.functional.linear(hidden, weight, bias)
+            return raw if raw.dtype == torch.float64 else raw.float()
+        even = -(-len(weight) // 8) * 8  # rows that start at multiples of 16 bytes; a GPU is five times slower without
+        raw = torch.empty((len(hidden), even), dtype=torch.float32, device=hidden.device)[:, : len(weight)]
+        torch.mm(hidden, weight.T, out_dtype=torch.float32, out=raw)
+        return raw if bias is None else raw.add_(bias)
+
+    def unsuited(self) -> str | None:
+        return unsuited(self.hidden, self.weight, self.hidden.dtype)
+
+
+def unsuited(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot form the product in ``dtype``, in words that end a sentence; None where they can."""
+    device, width = hidden.device, weight.shape[1]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than Hopper, which the kernels are written for"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the product is computed in {str(dtype).removeprefix('torch.')}, and the kernels compute in bfloat16"
+    if width % 8 or not weight.is_contiguous() or not hidden.is_contiguous():
+        return f"rows of {width} numbers do not start at multiples of 16 bytes"
+    return None
