@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from transformers import TrainingArguments
 from distily.config import RunConfig
 from distily.errors import DistilyError, unknown, wrong
 from distily.schema import Between, conforms, describe
+from distily.speed import Speed
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
@@ -23,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "save_steps": 500,
     "save_total_limit": 2,
+    "logging_nan_inf_filter": False,  # it would ask the device for the loss after every micro-batch, to hide that it is NaN
 }
 OURS = {
     "output_dir": "output_dir of the run",
@@ -41,6 +44,9 @@ OURS = {
     "label_smoothing_factor": "objectives",
     "save_only_model": "--resume; checkpoints hold all that an exact one needs",
     "local_rank": "--gpus or torchrun",
+    "torch_compile": "speed.compile",
+    "torch_compile_backend": "speed.compile",
+    "torch_compile_mode": "speed.compile",
 }
 Positive, Count = Annotated[int, Between(1)], Annotated[int, Between(0)]
 AboveZero, Rate = Annotated[float, Between(0, excluding=(0,))], Annotated[float, Between(0)]
@@ -99,7 +105,7 @@ def _choices(hint: Any) -> list[Any]:
 
 
 def training_arguments(
-    config: RunConfig, folder: Path, *, mixed_precision: bool, report_to: Sequence[str] = (), **overrides: Any
+    config: RunConfig, folder: Path, *, speed: Speed, report_to: Sequence[str] = (), **overrides: Any
 ) -> TrainingArguments:
     """The arguments of a training in ``folder``. Raises ``DistilyError`` for values that transformers refuses."""
     import torch
@@ -115,9 +121,11 @@ def training_arguments(
         raise DistilyError(
             f"train.{old}: use_reentrant true is not supported, features would lose their gradient; allowed: false."
         )
-    if mixed_precision and not {"bf16", "fp16"} & set(chosen):
+    if speed.autocast:
         chosen["bf16"] = True
-    accelerator = {"dispatch_batches": False, **(chosen.get("accelerator_config") or {})}
+    if chosen.get("use_liger_kernel"):
+        chosen["liger_kernel_config"] = _liger_layers(chosen.get("liger_kernel_config") or {})
+    accelerator = {"dispatch_batches": False, "non_blocking": speed.on_gpu, **(chosen.get("accelerator_config") or {})}
     chosen.pop("save_total_limit")  # rotation must come after sealing, so it is not transformers' to do
     try:
         return TrainingArguments(
@@ -138,6 +146,26 @@ def training_arguments(
     except (ValueError, TypeError, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DistilyError(f"train: transformers refuses it: {reason}") from error
+
+
+def _liger_layers(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Liger's options with its own losses off. Raises ``DistilyError`` where one of them is asked for, or Liger is missing."""
+    losses = ("cross_entropy", "fused_linear_cross_entropy")
+    for name in losses:
+        if given.get(name):
+            raise DistilyError(
+                f"train.liger_kernel_config: {name} true is not supported, the objectives are the loss; allowed: false."
+            )
+    if find_spec("liger_kernel") is None:
+        raise DistilyError("train.use_liger_kernel: liger-kernel is not installed; pip install 'distily[gpu]'.")
+    return {**given, **dict.fromkeys(losses, False)}
+
+
+def optimizer(config: RunConfig) -> str:
+    """The optimizer by its transformers name, with transformers' default."""
+    default = next(entry.default for entry in dataclasses.fields(TrainingArguments) if entry.name == "optim")
+    name = config.train.get("optim", default)
+    return str(getattr(name, "value", name))
 
 
 def kept_checkpoints(config: RunConfig) -> int:

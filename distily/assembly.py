@@ -6,7 +6,7 @@ import gc
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from distily.loss.meetings import combination
 from distily.loss.terms import build_terms
 from distily.plugins import Plugins
 from distily.spec import Component
+from distily.speed import Speed, choose
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Assembly:
     evaluators: Mapping[str, Evaluator]
     loggers: list[Logger]
     context: EvaluationContext
-    mixed_precision: bool
+    speed: Speed
 
     def new_student(self) -> tuple[Any, Any]:
         """``(student, quantizer)`` on the device, from the seed alone."""
@@ -61,7 +62,8 @@ class Assembly:
         teacher = local_teacher(self.teacher, terms, self.vocabulary)
         combiner = self.config.combiner if objectives == self.config.objectives else None
         rows, seed = self.config.loss.chunk_rows, self.config.seed
-        driver = Driver(terms, teacher, self.vocabulary, rows, seed, combination=combination(combiner, self.plugins))
+        combined = combination(combiner, self.plugins)
+        driver = Driver(terms, teacher, self.vocabulary, rows, seed, combination=combined, kernels=self.config.speed.kernels)
         driver.attach(student)
         calibrate(driver, self._calibration_batches())
         return driver
@@ -80,11 +82,11 @@ def assemble(config: RunConfig, plugins: Plugins) -> Assembly:
 
     Raises ``DistilyError`` for whatever does not fit.
     """
-    mixed = uses_mixed_precision(config)
+    speed = choose(config)
     plugins.check(config)
     if config.data.streaming and config.train.get("max_steps", -1) < 1:
         raise DistilyError("train.max_steps: it is missing; with data.streaming the number of steps must be given.")
-    device = training_arguments(config, Path(config.output_dir), mixed_precision=mixed).device
+    device = training_arguments(config, Path(config.output_dir), speed=speed).device
     evaluators = {plugins.find("evaluators", entry.name).name: plugins.build("evaluators", entry) for entry in config.evaluators}
     for evaluator in evaluators.values():
         evaluator.prepare()
@@ -99,20 +101,14 @@ def assemble(config: RunConfig, plugins: Plugins) -> Assembly:
     _check_heads(vocabulary, student=student, teacher=teacher)
     length = models.max_length(config.data.max_length, tokenizer, teacher, student)
     with PartialState().local_main_process_first():  # the other ranks find the cache filled
-        prepared = data.prepare(config.data, tokenizer, length, config.seed)
+        prepared = data.prepare(config.data, tokenizer, length, config.seed, speed.widths(length))
     batch_size = int(config.train.get("per_device_eval_batch_size", 8))
-    heldout = HeldOut(prepared.heldout, prepared.heldout_collator, teacher, vocabulary, batch_size, mixed)
+    heldout = HeldOut(prepared.heldout, prepared.heldout_collator, teacher, vocabulary, batch_size, speed.autocast)
     context = EvaluationContext(tokenizer, heldout.token_means, True, batch_size, config.output_dir)
-    parts = Assembly(config, plugins, device, tokenizer, teacher, vocabulary, prepared, evaluators, loggers, context, mixed)
-    _probe(parts, student.to(device))
+    parts = Assembly(config, plugins, device, tokenizer, teacher, vocabulary, prepared, evaluators, loggers, context, speed)
+    loss = _probe(parts, student.to(device))
     _check_disk(config, student)
-    return parts
-
-
-def uses_mixed_precision(config: RunConfig) -> bool:
-    """bf16 autocast over float32 weights: on a GPU, unless the configuration says otherwise."""
-    on_gpu = torch.cuda.is_available() and not config.train.get("use_cpu")
-    return on_gpu and config.student.dtype in ("float32", "auto") and config.train.get("bf16", True) is True
+    return replace(parts, speed=replace(speed, loss=loss))
 
 
 def _check_heads(vocabulary: int, **by_role: Any) -> None:
@@ -124,8 +120,8 @@ def _check_heads(vocabulary: int, **by_role: Any) -> None:
             )
 
 
-def _probe(parts: Assembly, student: Any) -> None:
-    """The driver's logits against both models' own, packing if it is asked for, and one step of the whole loss."""
+def _probe(parts: Assembly, student: Any) -> str | None:
+    """The driver's logits against both models' own, packing if it is asked for, and one step of the whole loss: how that was computed."""
     batch = parts.data.heldout_collator([parts.data.heldout[index] for index in range(min(2, len(parts.data.heldout)))])
     placed = {key: value.to(parts.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     for role, model in (("teacher", parts.teacher), ("student", student)):
@@ -139,12 +135,13 @@ def _probe(parts: Assembly, student: Any) -> None:
     _check_step(parts, student, driver, placed)
     _check_trainer(parts, student)
     driver.close()
+    return driver.path
 
 
 def _check_step(parts: Assembly, student: Any, driver: Driver, batch: dict[str, Any]) -> None:
     """One forward and backward of the whole loss: what terms cannot do with these two models shows before anything is written."""
     try:
-        with driver.step(batch), torch.autocast(parts.device.type, torch.bfloat16, enabled=parts.mixed_precision):
+        with driver.step(batch), torch.autocast(parts.device.type, torch.bfloat16, enabled=parts.speed.autocast):
             loss = student(**model_inputs(batch), use_cache=False)["loss"]
         if loss.requires_grad:
             loss.backward()
@@ -159,7 +156,7 @@ def _check_step(parts: Assembly, student: Any, driver: Driver, batch: dict[str, 
 def _check_trainer(parts: Assembly, student: Any) -> None:
     """The trainer of transformers with its optimizer, schedule and loader, built once where nothing stays."""
     with tempfile.TemporaryDirectory(prefix="distily-") as folder:
-        arguments = training_arguments(parts.config, Path(folder), mixed_precision=parts.mixed_precision)
+        arguments = training_arguments(parts.config, Path(folder), speed=parts.speed)
         try:
             trainer = Trainer(student, arguments, parts.data.collator, parts.data.train, parts.data.heldout)
             trainer.create_optimizer_and_scheduler(num_training_steps=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -27,6 +28,8 @@ QUIET = {
     "DATASETS_VERBOSITY": "critical",  # what it logs as an error, ours says on its one line
     "TOKENIZERS_PARALLELISM": "false",
 }
+QUIET_LOGGERS = ("torchao", "torch.utils._pytree")
+"""What is said where torchao is installed, used or not: kernels that were built for other machines, a call that grows old."""
 DEMO_CONFIG = Path(__file__).parent / "demo" / "demo.yaml"
 
 
@@ -38,6 +41,8 @@ def main(debug: bool) -> None:
     if not debug:  # the libraries' own bars and notices; ours say what a run does
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
+        for name in QUIET_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @main.command()

@@ -54,7 +54,7 @@ class StudentConfig:
     freeze: list[str] = field(default_factory=list)
     """Modules that are not trained, by name, such as model.embed_tokens."""
     dtype: DType = "float32"
-    """Type of the trained weights; float32 with bf16 autocast on a GPU unless you say otherwise."""
+    """Type of the trained weights; what is computed with them is ``speed.precision``."""
     attention: str | None = None
     """Attention implementation by its transformers name; null: transformers' own choice."""
 
@@ -102,6 +102,21 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class SpeedConfig:
+    """What a training step is computed with. Without these keys a run chooses, and says what."""
+
+    precision: Literal["auto", "float32", "bf16", "fp8", "int8"] = "auto"
+    """Arithmetic of matrix products: bf16, or 8 bits in the blocks' linear layers and bf16 elsewhere; auto: bf16 on a GPU, float32
+    on a CPU."""
+    compile: bool | None = None
+    """Compile the decoder blocks of student and teacher, one by one; null: on a GPU."""
+    kernels: bool = True
+    """Let fused kernels compute the logit terms that they know, on a GPU."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
+    """Kernel that SDPA tries first; auto: cuDNN's on Hopper, PyTorch's own order elsewhere."""
+
+
+@dataclass(frozen=True)
 class ControlConfig:
     """The same student trained on labels alone, from the same initial weights, batches and steps."""
 
@@ -131,6 +146,8 @@ class RunConfig:
     control: ControlConfig | None = None
     """Train a labels-only control: true, or {learning_rates: [...]}."""
     loss: LossConfig = field(default_factory=LossConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    """What a training step is computed with."""
     train: dict[str, Any] = field(default_factory=dict)
     """Any field of ``transformers.TrainingArguments``."""
     seed: Annotated[int, Between(0, 2**32 - 1)] = 42

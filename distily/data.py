@@ -62,20 +62,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DISTILY_CACHE") or Path(base) / "distily")
 
 
-def prepare(config: DataConfig, tokenizer: Any, max_length: int, seed: int) -> PreparedData:
-    """Loads, tokenises and (if asked) packs both splits."""
+def prepare(config: DataConfig, tokenizer: Any, max_length: int, seed: int, widths: Sequence[int] = ()) -> PreparedData:
+    """Loads, tokenises and (if asked) packs both splits. ``widths``: the lengths that a training batch may be padded to."""
     train_documents, heldout_documents = _splits(config, seed)
     heldout, heldout_report = sequences(heldout_documents, config, tokenizer, max_length)
     heldout_collator = collator_for(tokenizer)
     if config.streaming:
         train = _stream(train_documents, config, tokenizer, max_length)
-        return PreparedData(train, heldout, heldout_collator, heldout_collator, {"heldout": heldout_report})
+        collator = collator_for(tokenizer, widths=widths)
+        return PreparedData(train, heldout, collator, heldout_collator, {"heldout": heldout_report})
     train_sequences, report = sequences(train_documents, config, tokenizer, max_length)
     if config.packing:
-        train, collator = PackedSequences(train_sequences, max_length), collator_for(tokenizer, packed=True)
+        train = PackedSequences(train_sequences, max_length)
         report = replace(report, rows=len(train))
     else:
-        train, collator = train_sequences, heldout_collator
+        train = train_sequences
+    collator = collator_for(tokenizer, config.packing, widths)
     return PreparedData(train, heldout, collator, heldout_collator, {"train": report, "heldout": heldout_report})
 
 
@@ -178,10 +180,10 @@ def _stream(documents: Any, config: DataConfig, tokenizer: Any, max_length: int)
     return sequences.filter(lambda sequence: sequence["supervised"] > 0)
 
 
-def collator_for(tokenizer: Any, packed: bool = False) -> Collator:
+def collator_for(tokenizer: Any, packed: bool = False, widths: Sequence[int] = ()) -> Collator:
     """A collator that pads with the tokenizer's padding token, or its end token where it has none."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Collator(0 if pad is None else int(pad), packed)
+    return Collator(0 if pad is None else int(pad), packed, tuple(widths))
 
 
 class PackedSequences(torch.utils.data.Dataset):
@@ -233,10 +235,13 @@ class Collator:
 
     pad_token_id: int
     packed: bool = False
+    widths: tuple[int, ...] = ()
+    """Lengths that a batch is padded to, in ascending order; none: that of its longest row."""
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
         rows: list[list[Mapping[str, Any]]] = list(items) if self.packed else [[item] for item in items]
-        size = max(sum(len(sequence["input_ids"]) for sequence in row) for row in rows)
+        longest = max(sum(len(sequence["input_ids"]) for sequence in row) for row in rows)
+        size = next((width for width in self.widths if width >= longest), longest)
         columns = [self._row(row, size) for row in rows]
         batch: dict[str, Any] = {name: torch.stack([column[name] for column in columns]) for name in columns[0]}
         batch["supervised"], _ = count(batch["shift_labels"])

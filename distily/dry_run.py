@@ -9,12 +9,12 @@ import torch
 import yaml
 
 from distily import data, models
-from distily.arguments import training_arguments
-from distily.assembly import uses_mixed_precision
+from distily.arguments import optimizer, training_arguments
 from distily.config import RunConfig
 from distily.plugins import load
 from distily.prediction import predict_memory
 from distily.record import check_folder
+from distily.speed import choose
 
 
 def describe(config: RunConfig, resume: bool = False) -> str:
@@ -24,8 +24,8 @@ def describe(config: RunConfig, resume: bool = False) -> str:
     """
     check_folder(config, resume)
     plugins = load()
-    mixed = uses_mixed_precision(config)
-    arguments = training_arguments(config, Path(config.output_dir), mixed_precision=mixed)
+    speed = choose(config)
+    arguments = training_arguments(config, Path(config.output_dir), speed=speed)
     plugins.check(config)
     tokenizer = models.load_tokenizer(config.teacher.model, "teacher.model", config.trust_remote_code)
     teacher = models.shape_of_teacher(config.teacher, config.trust_remote_code)
@@ -33,7 +33,7 @@ def describe(config: RunConfig, resume: bool = False) -> str:
     if config.quantizer:
         student = plugins.build("quantizers", config.quantizer).prepare(student)
     length = models.max_length(config.data.max_length, tokenizer, teacher, student)
-    prepared = data.prepare(config.data, tokenizer, length, config.seed)
+    prepared = data.prepare(config.data, tokenizer, length, config.seed, speed.widths(length))
     memory = predict_memory(
         student=student,
         teacher=teacher,
@@ -44,7 +44,7 @@ def describe(config: RunConfig, resume: bool = False) -> str:
         length=length,
         arguments=arguments,
         chunk_rows=config.loss.chunk_rows,
-        mixed_precision=mixed,
+        mixed_precision=speed.autocast,
         packed=config.data.packing,
         device_type=arguments.device.type,
         combiner=config.combiner,
@@ -52,6 +52,7 @@ def describe(config: RunConfig, resume: bool = False) -> str:
     lines = [yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True).rstrip(), ""]
     lines += [_size("Teacher", config.teacher.model, teacher), _size("Student", config.student.model or "its shape", student)]
     lines += [f"Data, {name}: {report}." for name, report in prepared.report.items()]
+    lines += speed.lines(optimizer(config))
     lines += [f"Steps: {_steps(arguments, prepared)} of {_batch(arguments)} sequences, {length} tokens at most."]
     lines += [f"Training, {memory}."]
     return "\n".join(lines)

@@ -70,4 +70,5 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         described["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         described["cuda"] = torch.version.cuda
+        described["cudnn"] = torch.backends.cudnn.version()
     return described

@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PrinterCallback
 
-from distily.arguments import kept_checkpoints, training_arguments
+from distily.arguments import kept_checkpoints, optimizer, training_arguments
 from distily.assembly import Assembly, assemble
 from distily.card import model_card
 from distily.checkpoints import SealCheckpoints, SkipTrained, StopOnSignal, TrainedAlready, newest_whole
@@ -61,7 +61,7 @@ def distill(
     record.phase("teacher", lambda: measure(parts.evaluators, parts.teacher, parts.context))
     record.phase("untrained", lambda: measure(parts.evaluators, student, parts.context))
 
-    train(parts, student, quantizer, config.objectives, record.folder, record)
+    train(parts, student, quantizer, config.objectives, record.folder, record, say)
     record.phase("student", lambda: measure(parts.evaluators, student, parts.context))
     if config.control is not None:
         record.phase("control", lambda: _control(parts, record, say))
@@ -80,6 +80,7 @@ def train(
     objectives: tuple[Component, ...],
     folder: Path,
     record: RunRecord | None,
+    say: Say = print,
     **overrides: Any,
 ) -> None:
     """Trains ``student`` in place, from the newest whole checkpoint in ``folder`` where there is one.
@@ -87,15 +88,17 @@ def train(
     Afterwards the student is the plain model again. ``record`` receives steps and seconds; None for a control.
     """
     sinks = [logger.report_to for logger in parts.loggers if logger.report_to] if record is not None else []
-    arguments = training_arguments(parts.config, folder, mixed_precision=parts.mixed_precision, report_to=sinks, **overrides)
+    arguments = training_arguments(parts.config, folder, speed=parts.speed, report_to=sinks, **overrides)
     driver = parts.new_driver(student, objectives)
     loggers = [logger for logger in parts.loggers if not logger.report_to]
     stop = StopOnSignal()
+    applied = parts.speed.applied(student, parts.teacher if driver.teacher is not None else None, say)
     trainer = DistillationTrainer(
         driver,
         parts.evaluators,
         parts.context,
         quantizer,
+        applied,
         model=student,
         args=arguments,
         train_dataset=parts.data.train,
@@ -117,6 +120,7 @@ def train(
         for logger in loggers:
             stack.callback(logger.finish)
         stack.enter_context(suppress(TrainedAlready))
+        stack.enter_context(applied)
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     if stop.stopped:
         raise Interrupted(f"interrupted at step {trainer.state.global_step}; a checkpoint is written, go on with --resume.")
@@ -141,7 +145,7 @@ def _control(parts: Assembly, record: RunRecord, say: Say) -> Metrics:
             folder.mkdir(parents=True, exist_ok=True)
             student, quantizer = parts.new_student()
             overrides = {"learning_rate": rate} if rate else {}
-            train(parts, student, quantizer, (CONTROL_OBJECTIVE,), folder, None, **overrides)
+            train(parts, student, quantizer, (CONTROL_OBJECTIVE,), folder, None, say, **overrides)
             known[rate] = measure(parts.evaluators, student, parts.context)
             record.control.append({"learning_rate": rate, "metrics": known[rate]})
             record.save()
@@ -166,7 +170,8 @@ def _publish(parts: Assembly, record: RunRecord, student: Any, quantizer: Any, p
 def _provenance(parts: Assembly) -> dict[str, Any]:
     """What the run ran on and with: versions, commit, machine, data."""
     reports = {name: report.__dict__ for name, report in parts.data.report.items()}
-    return {"versions": versions(), "commit": commit(), "machine": machine(), "data": reports}
+    speed = {**parts.speed.described(optimizer(parts.config)), "notes": list(parts.speed.notes)}
+    return {"versions": versions(), "commit": commit(), "machine": machine(), "speed": speed, "data": reports}
 
 
 def _introduce(parts: Assembly, say: Say) -> None:
@@ -181,6 +186,8 @@ def _introduce(parts: Assembly, say: Say) -> None:
         say(f"Vocabulary: {rows['teacher']} rows of the head cut to the tokenizer's {parts.vocabulary} tokens.")
     for name, report in parts.data.report.items():
         say(f"Data, {name}: {report}.")
+    for line in parts.speed.lines(optimizer(config)):
+        say(line)
 
 
 def _push(folder: Path, repository: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from distily.batch import model_inputs
 from distily.evaluation import EvaluationContext, Evaluator, measure
 from distily.loss.driver import Driver
 from distily.loss.step import Step
+from distily.speed import Applied
 
 
 class Distilling(TrainerCallback):
@@ -31,7 +33,10 @@ class Distilling(TrainerCallback):
 
 
 class DistillationTrainer(Trainer):
-    """Trains a student that a driver is attached to. Overrides ``compute_loss``, ``log`` and ``evaluate``, nothing private."""
+    """Trains a student that a driver is attached to. Overrides ``compute_loss``, ``log`` and ``evaluate``, nothing private.
+
+    ``applied``: what student and teacher run with while they train; evaluation gets the plain models.
+    """
 
     def __init__(
         self,
@@ -39,6 +44,7 @@ class DistillationTrainer(Trainer):
         evaluators: Mapping[str, Evaluator],
         context: EvaluationContext | None,
         quantizer: Any = None,
+        applied: Applied | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(**keywords)
@@ -48,6 +54,7 @@ class DistillationTrainer(Trainer):
         self.driver = driver
         self.evaluators = evaluators
         self.evaluation_context = context
+        self._applied = applied
         self._sums: dict[str, Tensor] = {}
         self._tokens = self._logged_step = 0
         self._clock: float | None = None
@@ -110,7 +117,8 @@ class DistillationTrainer(Trainer):
         began = time.perf_counter()
         before = memory.read()
         memory.reset_peak()
-        results = measure(self.evaluators, self.model, self.evaluation_context, during_training=True)
+        with self._applied.paused() if self._applied is not None else nullcontext():
+            results = measure(self.evaluators, self.model, self.evaluation_context, during_training=True)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         if "perplexity_nats" in results:
             metrics[f"{metric_key_prefix}_loss"] = results["perplexity_nats"]

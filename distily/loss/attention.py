@@ -140,6 +140,7 @@ def make_watchable(model: Any) -> Callable[[], None]:
     return lambda: model.set_attn_implementation(name)
 
 
+@torch.compiler.disable  # a compiled block would leave the receiver out
 def _attention(
     name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> Any:

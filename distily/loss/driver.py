@@ -51,7 +51,7 @@ class Driver:
     ``vocabulary`` is the tokenizer's real size; padding rows of either head take no part. ``chunk_rows`` bounds the logits that
     exist at a time. ``term_gradients`` also records every logit term's gradient at the last hidden states. ``combination``: the
     combiner of the run; without one the weighted sum is differentiated as it is. ``kernels``: on a GPU, let the fused kernels compute the
-    terms that they know; ``fallback`` says why they did not in the last step.
+    terms that they know. ``path``: in words, how the last step on a GPU computed its token terms, and why.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Driver:
         self.chunk_rows = chunk_rows or default_chunk_rows(vocabulary)
         self.block_rows = chunk_rows
         self.kernels = kernels
-        self.fallback: str | None = None
+        self.path: str | None = None
         self.seed = seed
         self.term_gradients = term_gradients
         self.combination = combination
@@ -223,16 +223,18 @@ class Driver:
         return self._value_meeting is not None or term.schedule.at(step.progress) != 0.0
 
     def _fused(self, terms: Sequence[Term], rows: Tensor, dtype: torch.dtype) -> FusedTerms | None:
-        """The token terms for the kernels; None, with the reason in ``fallback``, where plain PyTorch computes them."""
+        """The token terms for the kernels; None where plain PyTorch computes them."""
         assert self.head is not None
         token = [term for term in terms if not term.is_row_set]
-        self.fallback = None
-        if not self.kernels or not rows.is_cuda or not token:
+        if not rows.is_cuda or not token:
             return None
-        fused = fuse(token, self.head, rows, dtype, apart=self.term_gradients or bool(self.meetings))
+        fused: FusedTerms | str = "speed.kernels is false"
+        if self.kernels:
+            fused = fuse(token, self.head, rows, dtype, apart=self.term_gradients or bool(self.meetings))
         if isinstance(fused, str):
-            self.fallback = fused
+            self.path = f"plain PyTorch, a chunk of logits at a time: {fused}"
             return None
+        self.path = "fused kernels"
         return fused
 
     def _pieces(self, terms: Sequence[Term], step: Step) -> list[Piece]:
