@@ -57,8 +57,8 @@ LAYERS = [
     {"cli", "__main__"},
 ]
 CONTRACTS = {
-    "hookspecs", "forms", "objectives", "layers", "mappings", "combiners", "state", "quantization", "evaluation", "loggers", "schema", "errors",
-    "distributions", "geometry", "similarity",
+    "hookspecs", "forms", "objectives", "layers", "mappings", "combiners", "state", "quantization", "evaluation", "loggers", "schema",
+    "errors", "distributions", "geometry", "similarity",
 }  # fmt: skip
 EXCEPTIONS = {
     ("plugins", "objectives"): "names and reserved keys of the objectives' contract, no torch",

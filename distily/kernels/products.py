@@ -51,18 +51,16 @@ def _logits(
             logits = _finish(logits, scale, cap, HAS_CAP)
         at = row + tl.arange(0, BLOCK_ROWS)
         logits -= tl.load(reference_ptr + at, mask=at < rows, other=0.0)[:, None]
-        logits = tl.minimum(logits, HALF_LIMIT)
         if RAGGED:
             logits = tl.where((tokens < vocabulary)[None, :], logits, -float("inf"))
         stored = logits.to(tl.float16)
         logits = stored.to(tl.float32)  # what is summed is what will be read
         top = tl.maximum(tl.max(logits, 1), -HALF_LIMIT)  # of a block without mass: a number, since -inf − -inf is none
-        apart = logits - top[:, None]
         part = parts_ptr + (at * tl.cdiv(vocabulary, BLOCK_VOCABULARY) + token // BLOCK_VOCABULARY) * PARTS
         tl.store(part, top, mask=at < rows)
-        tl.store(part + 1, tl.sum(tl.exp2(apart * inverse), 1), mask=at < rows)
+        tl.store(part + 1, tl.sum(tl.exp2(logits * inverse - (top * inverse)[:, None]), 1), mask=at < rows)
         if HARD:
-            tl.store(part + 2, tl.sum(tl.exp2(apart * LOG2_E), 1), mask=at < rows)
+            tl.store(part + 2, tl.sum(tl.exp2(logits * LOG2_E - (top * LOG2_E)[:, None]), 1), mask=at < rows)
         left, right = tl.split(tl.permute(tl.reshape(stored, (BLOCK_ROWS, 2, half)), (0, 2, 1)))
         out.store([row, token], left)
         out.store([row, token + half], right)
