@@ -6,6 +6,7 @@ Letters: N supervised tokens, n rows, H hidden width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,20 +27,22 @@ class Gradients:
         rows, weight, bias, *learned = (value if want else None for want, value in zip(self.wanted, inputs, strict=True))
         self.once = once
         self.rows = None if rows is None else torch.empty_like(rows) if once else _zeros(rows)
+        self._head = weight
         self.padding = MOST_PADDING if weight is not None and weight.is_cuda else 0
-        self.weight = None if weight is None else _wide_rows(weight, self.padding)
+        self.weight: Tensor | None = None
         self.bias = None if bias is None else _zeros(bias)
         self.learned = [None if value is None else _zeros(value) for value in learned]
-        self._is_empty = True
 
-    def add(self, at: slice | Tensor, at_logits: Tensor, hidden: Tensor, weight: Tensor, with_rows: bool = True) -> None:
+    def add(
+        self, at: slice | Tensor, at_logits: Tensor, hidden: Tensor, weight: Tensor, with_rows: bool = True, only: bool = False
+    ) -> None:
         """From the gradient at logits ``(n, V)`` of rows ``at``: that of their ``hidden`` (n, H), of ``weight`` (V, H) and the bias.
 
-        ``at_logits`` may be wider than V, with zeros.
+        ``at_logits`` may be wider than V, with zeros. ``only``: nothing else is added to the head's, so that it needs no wider dtype.
         """
         at_logits, at_padded = at_logits[:, : len(weight)], at_logits if self.padding else at_logits[:, : len(weight)]
-        if self.weight is not None:
-            self._add_weight(self.weight[: at_padded.shape[1]], at_padded, hidden)
+        if self._head is not None:
+            self._add_weight(self._head, at_padded, hidden, only)
         if self.rows is not None and with_rows:
             self._add_rows(at, at_logits, weight)
         if self.bias is not None:
@@ -57,34 +60,29 @@ class Gradients:
             if total is not None:
                 total += own
 
-    def _add_weight(self, total: Tensor, at_logits: Tensor, hidden: Tensor) -> None:
+    def _add_weight(self, head: Tensor, at_logits: Tensor, hidden: Tensor, only: bool) -> None:
         """The product goes into the sum in float32, without a copy of the head in between where the device can do that."""
-        transposed = at_logits.T
-        if self._is_empty:
-            self._clear(len(total))
-        if at_logits.is_cuda and at_logits.dtype != total.dtype:
-            if self._is_empty:
-                torch.mm(transposed, hidden, out_dtype=total.dtype, out=total)
-            else:
-                torch.addmm(total, transposed, hidden, out_dtype=total.dtype, out=total)
-        elif self._is_empty:
-            total.copy_(transposed @ hidden)
+        width, transposed = at_logits.shape[1], at_logits.T
+        first = self.weight is None
+        if self.weight is None:
+            self.weight = head.new_empty((len(head) + self.padding, head.shape[1]), dtype=head.dtype if only else _wide(head))
+            self.weight[width:].zero_()  # what no product reaches: the padding of the vocabulary
+        total = self.weight[:width]
+        wider: dict[str, Any] = {} if at_logits.dtype == total.dtype or not at_logits.is_cuda else {"out_dtype": total.dtype}
+        if at_logits.dtype != total.dtype and not wider:
+            total.copy_(transposed @ hidden) if first else total.add_(transposed @ hidden)
+        elif first:
+            torch.mm(transposed, hidden, **wider, out=total)
         else:
-            total += transposed @ hidden
-        self._is_empty = False
-
-    def _clear(self, first: int) -> None:
-        """Zeros for the rows of the head from ``first`` on: those that no product reaches."""
-        if self.weight is not None:
-            self.weight[first:].zero_()
+            torch.addmm(total, transposed, hidden, **wider, out=total)
 
     def scaled(self, factor: Tensor) -> list[Tensor | None]:
         """The gradients times ``factor`` in the dtypes of the inputs. They are handed over: a second call finds none."""
-        if self._is_empty:
-            self._clear(0)
-        weight = None if self.weight is None else self.weight[: len(self.weight) - self.padding]
+        weight = None
+        if self._head is not None:
+            weight = torch.zeros_like(self._head) if self.weight is None else self.weight[: len(self._head)]
         sums = [self.rows, weight, self.bias, *self.learned]
-        self.rows = self.weight = self.bias = None
+        self.rows = self.weight = self.bias = self._head = None
         self.learned = []
         return [
             _scaled(total, factor, dtype) if want else None
@@ -113,10 +111,6 @@ def _scaled(values: Tensor | None, factor: Tensor, dtype: torch.dtype | None) ->
 
 def _wide(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
-
-
-def _wide_rows(weight: Tensor, padding: int) -> Tensor:
-    return weight.new_empty((weight.shape[0] + padding, weight.shape[1]), dtype=_wide(weight))
 
 
 def _zeros(value: Tensor) -> Tensor:
