@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,30 +47,40 @@ def main(debug: bool) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
+KEY_VALUE: dict[str, Any] = {"multiple": True, "metavar": "KEY=VALUE"}
+SHARED = {
+    "config": click.argument("config", required=False, type=click.Path(path_type=Path)),
+    "teacher": click.option("--teacher", metavar="ID|PATH", help="Teacher: hub id or folder.  [default: the demo's]"),
+    "student": click.option(
+        "--student", metavar="ID|PATH", help="Student to start from: hub id or folder.  [default: built from the teacher]"
+    ),
+    "shape": click.option("--student-config", help="Override of the teacher's configuration for the student.", **KEY_VALUE),
+    "dataset": click.option("--dataset", metavar="ID|PATH", help="Text: hub id, file or folder.  [default: the demo's]"),
+    "objective": click.option(
+        "--objective", multiple=True, metavar="SPEC", help='Term of the loss, such as "cosine:mapper=last_k(k=2),weight=0.3".'
+    ),
+    "combiner": click.option(
+        "--combiner", metavar="SPEC", help="How the terms are combined where they meet, such as gradient_weighted."
+    ),
+    "quantizer": click.option("--quantizer", metavar="SPEC", help="Train the student quantised, such as ternary."),
+    "train": click.option("--train", "train_settings", help="Any field of transformers.TrainingArguments.", **KEY_VALUE),
+    "set": click.option("--set", "settings", help="Any key of the configuration, such as data.max_length=512.", **KEY_VALUE),
+}
+"""CONFIG and flags that several commands take."""
+
+
+def takes(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds some of ``SHARED`` to a command."""
+    return lambda command: reduce(lambda inner, name: SHARED[name](inner), reversed(names), command)
+
+
 @main.command()
-@click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.option("--teacher", metavar="ID|PATH", help="Teacher: hub id or folder.  [default: the demo's]")
-@click.option("--student", metavar="ID|PATH", help="Student to start from: hub id or folder.")
-@click.option(
-    "--student-config", multiple=True, metavar="KEY=VALUE", help="Override of the teacher's configuration for the student."
-)
-@click.option("--dataset", metavar="ID|PATH", help="Text: hub id, file or folder.  [default: the demo's]")
-@click.option(
-    "--objective", multiple=True, metavar="SPEC", help='Term of the loss, such as "cosine:mapper=last_k(k=2),weight=0.3".'
-)
-@click.option("--combiner", metavar="SPEC", help="How the terms are combined where they meet, such as gradient_weighted.")
-@click.option("--quantizer", metavar="SPEC", help="Train the student quantised, such as ternary.")
+@takes(*SHARED)
 @click.option(
     "--evaluator", multiple=True, metavar="SPEC", help="Measurement before and after.  [default: perplexity, agreement]"
 )
 @click.option("--logger", multiple=True, metavar="SPEC", help="Where metrics go besides metrics.jsonl.  [default: progress]")
 @click.option("--control/--no-control", default=None, help="Also train the student on labels alone, for comparison.")
-@click.option(
-    "--train", "train_settings", multiple=True, metavar="KEY=VALUE", help="Any field of transformers.TrainingArguments."
-)
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key of the configuration, such as data.max_length=512."
-)
 @click.option("--output-dir", metavar="DIR", help="Folder of the run.  [default: runs/<date>-<time>]")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the student.  [default: nothing is uploaded]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --output-dir, or start it.")
@@ -208,13 +220,7 @@ def evaluate(model: str, dataset: str, teacher: str | None, evaluator: tuple[str
 
 
 @main.command("search-layers")
-@click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.option("--teacher", metavar="ID|PATH", help="Teacher: hub id or folder.  [default: the demo's]")
-@click.option("--student", metavar="ID|PATH", help="Student: hub id or folder.  [default: as training would start it]")
-@click.option(
-    "--student-config", multiple=True, metavar="KEY=VALUE", help="Override of the teacher's configuration for the student."
-)
-@click.option("--dataset", metavar="ID|PATH", help="Text: hub id, file or folder.  [default: the demo's]")
+@takes("config", "teacher", "student", "shape", "dataset", "set")
 @click.option("--rows", type=click.IntRange(4), default=4096, show_default=True, metavar="N", help="Tokens to compare.")
 @click.option(
     "--method",
@@ -223,7 +229,6 @@ def evaluate(model: str, dataset: str, teacher: str | None, evaluator: tuple[str
     show_default=True,
     help="Teacher blocks in rising order, which may repeat; or each at most once, in any order.",
 )
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key of the configuration, such as seed=7.")
 @click.option("--output", type=click.Path(path_type=Path), default="layers.json", show_default=True, metavar="FILE")
 @reported
 def search_layers(output: Path, method: str, rows: int, **words: Any) -> None:
@@ -235,6 +240,39 @@ def search_layers(output: Path, method: str, rows: int, **words: Any) -> None:
     config = resolve(_values(**words) | {"output_dir": "."})
     click.echo(search(config, load(), output, method, rows))
     click.echo(f'\nSaved. To train on these pairs: mapper="searched(file={output})"')
+
+
+@main.group(cls=Group)
+def benchmark() -> None:
+    """What training costs on this machine; `speed` times a step."""
+
+
+@benchmark.command()
+@takes(*(name for name in SHARED if name != "dataset"))
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=15.0,
+    show_default=True,
+    metavar="N",
+    help="Measuring time of each way to take the step.",
+)
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Also write the figures as JSON.")
+@reported
+def speed(output: Path | None, seconds: float, **words: Any) -> None:
+    """Time a training step with its loss head on this machine. CONFIG is a YAML file; flags go over it."""
+    from distily.benchmark import benchmark_speed
+    from distily.config import resolve
+    from distily.files import write_json
+    from distily.plugins import load
+
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise DistilyError(f"--output: {str(output)!r} is not allowed; allowed: a file in a folder that exists.")
+    config = resolve(_values(**words) | {"output_dir": "."})
+    report = benchmark_speed(config, load(), seconds, say=lambda line: click.echo(line, err=True))
+    click.echo(report)
+    if output is not None:
+        write_json(output, report.values())
 
 
 @main.group(cls=Group, invoke_without_command=True)

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from distily import hookimpl
 from distily.distributions import jensen_shannon, log_conditional, log_distributions, log_mass, relative_entropy
+from distily.forms import Form
 from distily.objectives import token_objective, uniform
 from distily.schema import Between
 
@@ -61,8 +62,14 @@ def _cut(log_p: Tensor, inside: Tensor, tail: Tail) -> Tensor:
     return torch.cat([kept, log_mass(log_p, ~inside)], -1) if tail == "bucket" else kept
 
 
+def _forms(k: int, p: float, tail: Tail, support: Support, divergence: Divergence) -> tuple[Form, ...]:
+    """One form on the teacher's support, by what becomes of the tail; none for the other supports and divergences."""
+    return (Form(f"top_{tail}", (k, p)),) if (support, divergence) == ("teacher", "forward_kl") else ()
+
+
 @token_objective(
     aliases=("topk", "top_k_kl"),
+    forms=lambda k, tail, support, divergence: _forms(k, 1.0, tail, support, divergence),
     formula="KL(t'‖s'),  p' = (p_v for v ∈ S, 1 − p_S),  S = the k likeliest tokens",
     source="Peng et al. 2024, arXiv:2410.16215; tail bucket as in TRL and DistillKit",
 )
@@ -105,6 +112,7 @@ def top_k(
 
 @token_objective(
     aliases=("topp", "nucleus", "top_p_k"),
+    forms=lambda k, p, tail, support, divergence: _forms(k, p, tail, support, divergence),
     formula="KL(t'‖s'),  p' = (p_v for v ∈ S, 1 − p_S),  S = the fewest tokens of mass ≥ p, at most k",
     source="Peng et al. 2024, arXiv:2410.16215",
 )
@@ -144,6 +152,7 @@ def _draw(log_q: Tensor, row_seeds: Tensor, count: int) -> Tensor:
 
 @token_objective(
     aliases=("rs_kd", "random_sampling_kd", "sampled"),
+    forms=lambda samples, rho: (Form("sampled", (samples,)),) if rho == 1.0 else (),
     zero_at_equality=False,
     formula="−Σ_i w_i log s_{v_i},  v_1 … v_K ~ q ∝ t^ρ,  w_i = t_{v_i} / (K q_{v_i})",
     source="Anshumann et al. 2025, arXiv:2503.16870",

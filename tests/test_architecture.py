@@ -33,6 +33,7 @@ LAYERS = [
         "kernels.products",
         "kernels.rows",
         "kernels.scaling",
+        "kernels.targets",
         "loss.heads",
         "loss.attention",
         "loss.features",
@@ -52,7 +53,7 @@ LAYERS = [
     },
     {"heldout", "checkpoints", "arguments", "prediction"},
     {"trainer", "record", "export", "testing", "conformance.objectives", "conformance.features", "conformance.combiners"},
-    {"card", "report", "assembly", "measurement", "dry_run", "layer_search"},
+    {"card", "report", "assembly", "measurement", "dry_run", "layer_search", "bare", "benchmark"},
     {"run", "demo.__init__"},
     {"cli", "__main__"},
 ]

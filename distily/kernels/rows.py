@@ -2,7 +2,8 @@
 
 A term is Σ_v f(log s_v, log t_v). With φ = ∂f/∂log s its gradient at logit v is φ_v − s_v Σ_u φ_u. The log-sum-exps come from the
 product that made the logits; where Σφ is known beforehand, as for forward KL and the cross-entropies, one sweep over a row writes
-values and gradient. Every other form has a sweep for its Σφ before that.
+values and gradient. Every other form has a sweep for its Σφ before that. Sparse forms come with what ``distily.kernels.targets`` found:
+the bounds of the chosen tokens, which the sweep tells by their logits, or drawn tokens, where the gradient is written once more.
 Letters: N rows, V vocabulary, W the width of a row of the buffers, F forms; s and t are the student's and the teacher's distributions.
 """
 
@@ -14,15 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distily.forms import FORMS
+from distily.forms import FORMS, SPARSE_FORMS
 from distily.kernels.products import LOG2_E, processors
 
 BLOCK, WARPS, REGISTERS = 4096, 16, 64
 """Tokens that a program holds at a time, its warps, and the registers of a thread: as many as let two programs run on a processor."""
 LN_2 = tl.constexpr(0.6931471805599453)
 
-NUMBERS = {name: number for number, name in enumerate(FORMS)}
-"""A form's number in the kernel; those from ``jsd`` on have a sweep of their own."""
+NUMBERS = {name: number for number, name in enumerate([*FORMS, *SPARSE_FORMS])}
+"""A form's number in the kernel."""
 CROSS_ENTROPY = tl.constexpr(NUMBERS["cross_entropy"])
 FORWARD_KL = tl.constexpr(NUMBERS["forward_kl"])
 REVERSE_KL = tl.constexpr(NUMBERS["reverse_kl"])
@@ -34,6 +35,12 @@ SKEW_REVERSE_KL_DETACHED = tl.constexpr(NUMBERS["skew_reverse_kl_detached"])
 TOTAL_VARIATION = tl.constexpr(NUMBERS["total_variation"])
 ALPHA_BETA = tl.constexpr(NUMBERS["alpha_beta"])
 RENYI = tl.constexpr(NUMBERS["renyi"])
+SAMPLED = tl.constexpr(NUMBERS["sampled"])
+TOP_BUCKET = tl.constexpr(NUMBERS["top_bucket"])
+TOP_RENORMALIZE = tl.constexpr(NUMBERS["top_renormalize"])
+TOP_ZERO = tl.constexpr(NUMBERS["top_zero"])
+SUPPORT = 5
+"""Numbers that describe the support of a row and form, see ``distily.kernels.targets.supports``."""
 
 
 @triton.jit
@@ -78,7 +85,7 @@ def _read(pointer, at, vocabulary, width):
 
 
 @triton.jit
-def _log_mass(parts_ptr, blocks, inverse, place, PARTS: tl.constexpr, SLOTS: tl.constexpr):
+def log_mass(parts_ptr, blocks, inverse, place, PARTS: tl.constexpr, SLOTS: tl.constexpr) -> tl.tensor:
     """The log-sum-exp of a row to base 2, from the tops and sums of its blocks."""
     at = tl.arange(0, SLOTS)
     tops = tl.load(parts_ptr + at * PARTS, mask=at < blocks, other=-float("inf"))
@@ -109,15 +116,17 @@ def _late_sums(
 @triton.jit
 def _slopes(
     student, teacher, values_ptr, coefficients_ptr, parameters_ptr, vocabulary, width, teacher_width, values_width, inverse,
-    log_mass_s, log_mass_t, FORMS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    log_mass_s, log_mass_t, FORMS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WARM: tl.constexpr,
 ):  # fmt: skip
     """Σ over the forms of coefficient · Σφ, and Σ t^α s^(1−α) where a form needs it; values of the late forms are stored."""
     slopes, power = 0.0, 1.0
     for place in tl.static_range(COUNT):
         coefficient = tl.load(coefficients_ptr + place)
-        if FORMS[place] == FORWARD_KL or FORMS[place] == SOFT_CROSS_ENTROPY:
+        if FORMS[place] == FORWARD_KL or FORMS[place] == SOFT_CROSS_ENTROPY or FORMS[place] == SAMPLED:
             slopes -= coefficient
-        elif FORMS[place] != CROSS_ENTROPY:
+        elif FORMS[place] == CROSS_ENTROPY:
+            slopes -= 0.0 if WARM else coefficient
+        elif FORMS[place] < SAMPLED:
             p, q = tl.load(parameters_ptr + 2 * place), tl.load(parameters_ptr + 2 * place + 1)
             value, slope = _late_sums(
                 student, teacher, vocabulary, width, teacher_width, inverse, log_mass_s, log_mass_t, p, q,
@@ -132,11 +141,40 @@ def _slopes(
 
 
 @triton.jit
+def _gradient(
+    raw, raw_t, s, t, log_s, log_t, at, gradient, coefficients_ptr, parameters_ptr, support_ptr, supports_step, scale, cap,
+    log_mass_hard, label, reference, slopes, power,
+    FORMS: tl.constexpr, COUNT: tl.constexpr, WARM: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """The gradient at the head's output for the tokens ``at``; ``gradient``: what is to be added at their logits besides."""
+    gradient -= slopes * s
+    for place in tl.static_range(COUNT):
+        coefficient = tl.load(coefficients_ptr + place)  # supports have theirs within
+        if FORMS[place] == CROSS_ENTROPY:
+            gradient -= tl.where(at == label, coefficient, 0.0)
+            if WARM:
+                gradient += coefficient * tl.exp2(raw * LOG2_E - log_mass_hard)
+        elif FORMS[place] >= TOP_BUCKET:
+            support = support_ptr + place * supports_step
+            bound, last = tl.load(support), tl.load(support + 1).to(tl.int32)
+            inside = (raw_t > bound) | ((raw_t == bound) & (at <= last))
+            gradient += tl.where(inside, tl.load(support + 2) * s - tl.load(support + 3) * t, tl.load(support + 4) * s)
+        elif FORMS[place] != SAMPLED:
+            p, q = tl.load(parameters_ptr + 2 * place), tl.load(parameters_ptr + 2 * place + 1)
+            _, phi = _form(FORMS[place], p, q, s, t, log_s, log_t)
+            gradient += (coefficient / power if FORMS[place] == RENYI else coefficient) * phi
+    if HAS_CAP:
+        capped = (raw + reference) / cap
+        gradient *= 1.0 - capped * capped
+    return gradient * scale
+
+
+@triton.jit
 def _sweep(
-    student, teacher, gradient_ptr, coefficients_ptr, parameters_ptr, vocabulary, width, teacher_width, inverse, scale, cap,
-    log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
+    student, teacher, gradient_ptr, coefficients_ptr, parameters_ptr, support_ptr, supports_step, vocabulary, width, teacher_width,
+    inverse, scale, cap, log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
     FORMS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, HAS_TEACHER: tl.constexpr, FORWARD: tl.constexpr,
-    SOFT: tl.constexpr, HAS_CAP: tl.constexpr, GRADIENT: tl.constexpr,
+    SOFT: tl.constexpr, WARM: tl.constexpr, HAS_CAP: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of a row; gives the values of ``forward_kl`` and ``soft_cross_entropy``, where they are wanted."""
     forward = tl.zeros((BLOCK,), tl.float32)
@@ -145,72 +183,102 @@ def _sweep(
         at = start + tl.arange(0, BLOCK)
         raw = _read(student, at, vocabulary, width)
         log_s = raw * inverse - log_mass_s
-        s, t, log_t = tl.exp2(log_s), log_s, log_s
+        s, t, log_t, raw_t = tl.exp2(log_s), log_s, log_s, raw
         if HAS_TEACHER:
-            log_t = _read(teacher, at, vocabulary, teacher_width) * inverse - log_mass_t
+            raw_t = _read(teacher, at, vocabulary, teacher_width)
+            log_t = raw_t * inverse - log_mass_t
             t = tl.exp2(log_t)
         if FORWARD:
             forward += _form(FORWARD_KL, 0.0, 0.0, s, t, log_s, log_t)[0]
         if SOFT:
             soft += _form(SOFT_CROSS_ENTROPY, 0.0, 0.0, s, t, log_s, log_t)[0]
-        gradient = -slopes * s
-        for place in tl.static_range(COUNT):
-            coefficient = tl.load(coefficients_ptr + place)
-            if FORMS[place] == CROSS_ENTROPY:
-                gradient += coefficient * (tl.exp2(raw * LOG2_E - log_mass_hard) - tl.where(at == label, 1.0, 0.0))
-            else:
-                p, q = tl.load(parameters_ptr + 2 * place), tl.load(parameters_ptr + 2 * place + 1)
-                _, phi = _form(FORMS[place], p, q, s, t, log_s, log_t)
-                gradient += (coefficient / power if FORMS[place] == RENYI else coefficient) * phi
-        if HAS_CAP:
-            capped = (raw + reference) / cap
-            gradient *= 1.0 - capped * capped
         if GRADIENT:
-            gradient = tl.where(at < vocabulary, gradient * scale, 0.0)
+            gradient = _gradient(
+                raw, raw_t, s, t, log_s, log_t, at, 0.0, coefficients_ptr, parameters_ptr, support_ptr, supports_step, scale, cap,
+                log_mass_hard, label, reference, slopes, power, FORMS, COUNT, WARM, HAS_CAP,
+            )  # fmt: skip
+            gradient = tl.where(at < vocabulary, gradient, 0.0)
             tl.store(gradient_ptr + at, gradient.to(gradient_ptr.dtype.element_ty), mask=at < width)
     return tl.sum(forward, 0) if FORWARD else 0.0, tl.sum(soft, 0) if SOFT else 0.0
 
 
 @triton.jit
+def _at_drawn(
+    drawn_ptr, at_drawn_ptr, draws, teacher, gradient_ptr, coefficients_ptr, parameters_ptr, support_ptr, supports_step, inverse,
+    scale, cap, log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
+    FORMS: tl.constexpr, COUNT: tl.constexpr, DRAWS: tl.constexpr, WARM: tl.constexpr, HAS_CAP: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient at drawn tokens anew, with what the draws add; gives the value of ``sampled``."""
+    draw = tl.arange(0, DRAWS)
+    drawn = tl.load(drawn_ptr + draw, mask=draw < draws, other=-1)
+    raw = tl.load(at_drawn_ptr + draw, mask=draw < draws, other=0.0)  # from before the sweep wrote over it
+    log_s = raw * inverse - log_mass_s
+    if GRADIENT:
+        raw_t = tl.load(teacher + drawn, mask=drawn >= 0, other=0.0).to(tl.float32)
+        log_t = raw_t * inverse - log_mass_t
+        pull = tl.sum((drawn[:, None] == drawn[None, :]).to(tl.float32), 1)  # a token that is drawn twice is written twice, alike
+        for place in tl.static_range(COUNT):
+            if FORMS[place] == SAMPLED:
+                pull *= -tl.load(coefficients_ptr + place) / draws
+        gradient = _gradient(
+            raw, raw_t, tl.exp2(log_s), tl.exp2(log_t), log_s, log_t, drawn, pull, coefficients_ptr, parameters_ptr, support_ptr,
+            supports_step, scale, cap, log_mass_hard, label, reference, slopes, power, FORMS, COUNT, WARM, HAS_CAP,
+        )  # fmt: skip
+        tl.debug_barrier()  # the sweep wrote there
+        tl.store(gradient_ptr + drawn, gradient.to(gradient_ptr.dtype.element_ty), mask=drawn >= 0)
+    return tl.sum(tl.where(drawn >= 0, -log_s, 0.0), 0) / draws * LN_2
+
+
+@triton.jit
 def _rows(
     student_ptr, teacher_ptr, gradient_ptr, labels_ptr, reference_ptr, student_parts_ptr, teacher_parts_ptr, values_ptr,
-    coefficients_ptr, parameters_ptr, rows, vocabulary, width, teacher_width, values_width, student_blocks, teacher_blocks,
-    inverse, scale, cap,
+    coefficients_ptr, parameters_ptr, supports_ptr, drawn_ptr, at_drawn_ptr, rows, vocabulary, width, teacher_width, values_width,
+    supports_step, draws, student_blocks, teacher_blocks, inverse, scale, cap,
     FORMS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr,
-    STUDENT_PARTS: tl.constexpr, TEACHER_PARTS: tl.constexpr, FORWARD: tl.constexpr, SOFT: tl.constexpr,
-    HARD: tl.constexpr, HAS_CAP: tl.constexpr, GRADIENT: tl.constexpr,
+    STUDENT_PARTS: tl.constexpr, TEACHER_PARTS: tl.constexpr, SUPPORT: tl.constexpr, DRAWS: tl.constexpr, FORWARD: tl.constexpr,
+    SOFT: tl.constexpr, HARD: tl.constexpr, WARM: tl.constexpr, HAS_CAP: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     wide, teacher_wide = width.to(tl.int64), teacher_width.to(tl.int64)
     for row in tl.range(tl.program_id(0), rows, PROGRAMS):
         student, teacher, values = student_ptr + row * wide, teacher_ptr + row * teacher_wide, values_ptr + row
+        gradient, support = gradient_ptr + row * wide, supports_ptr + row * SUPPORT
         parts = student_parts_ptr + row * student_blocks * STUDENT_PARTS
-        log_mass_s = _log_mass(parts, student_blocks, inverse, 1, STUDENT_PARTS, SLOTS)
-        log_mass_t, log_mass_hard, label, at_label = 0.0, 0.0, 0, 0.0
+        log_mass_s = log_mass(parts, student_blocks, inverse, 1, STUDENT_PARTS, SLOTS)
+        log_mass_t, log_mass_hard, label, sampled = 0.0, 0.0, 0, 0.0
         if TEACHER_PARTS:
             parts_t = teacher_parts_ptr + row * teacher_blocks * TEACHER_PARTS
-            log_mass_t = _log_mass(parts_t, teacher_blocks, inverse, 1, TEACHER_PARTS, SLOTS)
+            log_mass_t = log_mass(parts_t, teacher_blocks, inverse, 1, TEACHER_PARTS, SLOTS)
         if HARD:
             label = tl.load(labels_ptr + row).to(tl.int32)
-            log_mass_hard = _log_mass(parts, student_blocks, LOG2_E, 2, STUDENT_PARTS, SLOTS)
+            log_mass_hard = log_mass(parts, student_blocks, LOG2_E, 2, STUDENT_PARTS, SLOTS) if WARM else log_mass_s
             at_label = tl.load(student + label).to(tl.float32)
+            for place in tl.static_range(COUNT):
+                if FORMS[place] == CROSS_ENTROPY:
+                    tl.store(values + place * values_width, log_mass_hard * LN_2 - at_label)
             tl.debug_barrier()  # it is read before it is overwritten
         reference = tl.load(reference_ptr + row) if HAS_CAP else 0.0
         slopes, power = _slopes(
             student, teacher, values, coefficients_ptr, parameters_ptr, vocabulary, width, teacher_width, values_width, inverse,
-            log_mass_s, log_mass_t, FORMS, COUNT, BLOCK,
+            log_mass_s, log_mass_t, FORMS, COUNT, BLOCK, WARM,
         )  # fmt: skip
         forward, soft = _sweep(
-            student, teacher, gradient_ptr + row * wide, coefficients_ptr, parameters_ptr, vocabulary, width, teacher_width, inverse,
-            scale, cap, log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
-            FORMS, COUNT, BLOCK, TEACHER_PARTS != 0, FORWARD, SOFT, HAS_CAP, GRADIENT,
+            student, teacher, gradient, coefficients_ptr, parameters_ptr, support, supports_step, vocabulary, width, teacher_width,
+            inverse, scale, cap, log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
+            FORMS, COUNT, BLOCK, TEACHER_PARTS != 0, FORWARD, SOFT, WARM, HAS_CAP, GRADIENT,
         )  # fmt: skip
+        if DRAWS:
+            sampled = _at_drawn(
+                drawn_ptr + row * draws, at_drawn_ptr + row * draws, draws, teacher, gradient, coefficients_ptr, parameters_ptr, support,
+                supports_step, inverse, scale, cap, log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
+                FORMS, COUNT, DRAWS, WARM, HAS_CAP, GRADIENT,
+            )  # fmt: skip
         for place in tl.static_range(COUNT):
             if FORMS[place] == FORWARD_KL:
                 tl.store(values + place * values_width, forward)
             elif FORMS[place] == SOFT_CROSS_ENTROPY:
                 tl.store(values + place * values_width, soft)
-            elif FORMS[place] == CROSS_ENTROPY:
-                tl.store(values + place * values_width, log_mass_hard * LN_2 - at_label)
+            elif FORMS[place] == SAMPLED:
+                tl.store(values + place * values_width, sampled)
 
 
 def rows_pass(
@@ -230,25 +298,32 @@ def rows_pass(
     scale: float = 1.0,
     cap: float | None = None,
     vocabulary: int,
+    supports: Tensor | None = None,
+    drawn: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Values of every form and row to ``values`` (F, n), in nats; Σ coefficient · gradient at the head's output to ``gradient``.
 
     ``student`` and ``teacher`` (n, W): logits up to an offset in each row, in any floating dtype, with the ``parts`` that
-    ``relative_logits`` gives; ``gradient`` (n, W) may lie over ``student``, and is 0 beyond V. ``coefficients`` (F,) and ``parameters``
-    (F, 2) in float32; the temperature divides all logits but those of ``cross_entropy``; coefficients of the others include 1/T.
-    ``reference`` (n,): what was taken off ``student``, for soft-capping alone. ``scale`` and ``cap``: what the student's class does to
-    the head's output. ``forms``: names, at most one ``renyi``.
+    ``relative_logits`` gives, ``hard`` where ``cross_entropy`` stands beside a temperature; ``gradient`` (n, W) may lie over ``student``,
+    and is 0 beyond V. ``coefficients`` (F,) and ``parameters`` (F, 2) in float32; the temperature divides all logits but those of
+    ``cross_entropy``; coefficients of the others include 1/T. ``reference`` (n,): what was taken off ``student``, for soft-capping alone.
+    ``scale`` and ``cap``: what the student's class does to the head's output. ``forms``: names, at most one ``renyi`` and one ``sampled``.
+    The ``top`` forms need the ``supports`` (F, n, 5) of ``distily.kernels.targets``, which has their values; ``sampled`` the tokens and
+    logits ``drawn`` there, (n, draws) each.
     """
     numbers = tuple(NUMBERS[form] for form in forms)
+    draws = 0 if drawn is None else drawn[0].shape[1]
     programs = min(len(student), 2 * processors(student.device))
     blocks = [0 if parts is None else parts.shape[1] for parts in (student_parts, teacher_parts)]
     _rows[(programs,)](
         student, student if teacher is None else teacher, student if gradient is None else gradient, labels, reference,
         student_parts, student_parts if teacher_parts is None else teacher_parts, values, coefficients, parameters,
+        values if supports is None else supports, *(drawn or (labels, values)),
         len(student), vocabulary, student.stride(0), (student if teacher is None else teacher).stride(0), values.stride(0),
-        *blocks, LOG2_E.value / temperature, scale, cap or 1.0,
+        0 if supports is None else supports.stride(0), draws, *blocks, LOG2_E.value / temperature, scale, cap or 1.0,
         FORMS=numbers, COUNT=len(numbers), BLOCK=BLOCK, PROGRAMS=programs, SLOTS=triton.next_power_of_2(max(blocks)),
         STUDENT_PARTS=student_parts.shape[2], TEACHER_PARTS=0 if teacher_parts is None else teacher_parts.shape[2],
-        FORWARD="forward_kl" in forms, SOFT="soft_cross_entropy" in forms, HARD="cross_entropy" in forms, HAS_CAP=cap is not None,
-        GRADIENT=gradient is not None, num_warps=WARPS, maxnreg=REGISTERS,
+        SUPPORT=SUPPORT, DRAWS=triton.next_power_of_2(draws), FORWARD="forward_kl" in forms, SOFT="soft_cross_entropy" in forms,
+        HARD="cross_entropy" in forms, WARM=temperature != 1.0, HAS_CAP=cap is not None, GRADIENT=gradient is not None,
+        num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip

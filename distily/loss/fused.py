@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from distily.forms import Form
 from distily.loss.gradients import Gradients
 from distily.loss.heads import OutputHead
 from distily.loss.terms import Term
+from distily.objectives import uniform
 from distily.products import Product, unsuited
 
-MOST_FORMS = 8
+MOST_FORMS, MOST_DRAWS = 8, 128
 MOST_BYTES, LEAST_BYTES = 2200 * 2**20, 256 * 2**20
 """What the buffers and the head's gradient may take together, if a quarter of the free memory is not less; and what buffers get."""
 PARTS = range(512, 1281, 128)
@@ -37,6 +39,15 @@ class FusedTerms:
     forms: Sequence[Form]
     owners: Sequence[int]
     temperature: float
+
+    @property
+    def names(self) -> list[str]:
+        return [form.name for form in self.forms]
+
+    @property
+    def draws(self) -> int:
+        """Tokens that are drawn for every row."""
+        return sum(int(form.parameters[0]) for form in self.forms if form.name == "sampled")
 
 
 def fuse(terms: Sequence[Term], head: OutputHead, rows: Tensor, dtype: torch.dtype, apart: bool = False) -> FusedTerms | str:
@@ -68,18 +79,21 @@ def forms_of(terms: Sequence[Term]) -> FusedTerms | str:
         return f"the terms come to {len(forms)} forms, more than {MOST_FORMS}"
     if sum(form.name == "renyi" for form in forms) > 1:
         return "a pass holds one Rényi divergence"
+    if sum(form.name == "sampled" for form in forms) > 1:
+        return "a pass holds one set of sampled targets"
     names = {term.key: [form.name for form in term.forms()] for term in terms}
     temperatures = {term.temperature for term in terms if names[term.key] != ["cross_entropy"]}
     if len(temperatures) > 1:
         return f"the terms have several temperatures ({', '.join(f'{each:g}' for each in sorted(temperatures))})"
-    return FusedTerms(terms, forms, owners, temperatures.pop() if temperatures else 1.0)
+    fused = FusedTerms(terms, forms, owners, temperatures.pop() if temperatures else 1.0)
+    return fused if fused.draws <= MOST_DRAWS else f"{fused.draws} sampled targets are more than {MOST_DRAWS}"
 
 
 def fused_rows(
     fused: FusedTerms,
     student: Product,
     teacher: Any,
-    labels: Tensor,
+    inputs: Mapping[str, Any],
     weights: Mapping[str, Any],
     items: Tensor,
     gradients: Gradients | None,
@@ -87,15 +101,16 @@ def fused_rows(
 ) -> Tensor:
     """Σ over the rows ÷ N of every fused term, ``(K,)``; their weighted gradient goes to ``gradients``.
 
-    ``teacher`` is a logit source or None. ``block_rows``: rows whose logits exist at a time; None: from shapes and free memory.
+    ``teacher`` is a logit source or None. ``inputs``: ``labels`` (N,), and ``row_seeds`` (N,) where a term draws. ``block_rows``: rows
+    whose logits exist at a time; None: from shapes and free memory.
     """
     from distily.kernels.rows import rows_pass
 
-    hidden, weight = student.hidden, student.weight
+    hidden, weight, labels = student.hidden, student.weight, inputs["labels"]
     count, vocabulary = len(hidden), len(weight)
     rows = block_rows or rows_of_a_block(count, weight)
-    names = [form.name for form in fused.forms]
-    logits = _Logits(student, teacher, labels, rows, fused.temperature, "cross_entropy" in names)
+    numbers = uniform(inputs["row_seeds"], fused.draws) if fused.draws else None
+    logits = _Logits(student, teacher, labels, rows, fused)
     factors, coefficients = _coefficients(fused, weights, items)
     parameters = torch.tensor([(*form.parameters, 0.0, 0.0)[:2] for form in fused.forms], dtype=torch.float32)
     parameters = parameters.to(hidden.device, non_blocking=True)
@@ -105,13 +120,14 @@ def fused_rows(
         block, block_sums = logits.of_student(slice(start, stop))
         for first in range(start, stop, logits.part):
             at = slice(first, min(first + logits.part, stop))
-            inside = slice(at.start - start, at.stop - start)
-            mine = block[inside]
+            mine, my_sums = (each[at.start - start : at.stop - start] for each in (block, block_sums))
             theirs, their_sums = logits.of_teacher(at)
+            pair = (mine, theirs, my_sums, their_sums)
+            targets = _targets(fused, pair, coefficients, values[:, at], None if numbers is None else numbers[at], vocabulary)
             rows_pass(
-                mine, theirs, None if gradients is None else mine.view(hidden.dtype), block_sums[inside], their_sums, names,
+                mine, theirs, None if gradients is None else mine.view(hidden.dtype), my_sums, their_sums, fused.names,
                 coefficients, parameters, labels[at], logits.reference[at], values[:, at],
-                temperature=fused.temperature, scale=student.scale, cap=student.softcap, vocabulary=vocabulary,
+                temperature=fused.temperature, scale=student.scale, cap=student.softcap, vocabulary=vocabulary, **targets,
             )  # fmt: skip
         if gradients is not None:
             gradients.add(slice(start, stop), logits.gradient(stop - start), hidden[start:stop], weight)
@@ -120,14 +136,31 @@ def fused_rows(
     return sums.new_zeros(len(fused.terms)).index_add(0, owners, sums)
 
 
+def _targets(
+    fused: FusedTerms, pair: Sequence[Any], coefficients: Tensor, values: Tensor, numbers: Tensor | None, vocabulary: int
+) -> dict[str, Any]:
+    """What a pass needs besides for sparse forms, the chosen and the drawn tokens. ``pair``: logits of both sides, and their sums."""
+    from distily.kernels.targets import draws, supports
+
+    student, teacher, student_sums, teacher_sums = pair
+    common: dict[str, Any] = {"temperature": fused.temperature, "vocabulary": vocabulary}
+    result: dict[str, Any] = {}
+    if any(form.name.startswith("top_") for form in fused.forms):
+        result["supports"] = supports(student, teacher, student_sums, teacher_sums, fused.forms, coefficients, values, **common)
+    if numbers is not None:
+        result["drawn"] = draws(student, teacher, teacher_sums, numbers, **common)
+    return result
+
+
 class _Logits:
     """The buffers of a block: all of the student's rows, and a part of the teacher's; both counted from the label's logit."""
 
-    def __init__(self, student: Product, teacher: Any, labels: Tensor, rows: int, temperature: float, hard: bool) -> None:
+    def __init__(self, student: Product, teacher: Any, labels: Tensor, rows: int, fused: FusedTerms) -> None:
         from distily.kernels.products import label_logits
 
         self.student, self.source = student, teacher
-        self.temperature, self.hard = temperature, hard
+        self.temperature = fused.temperature
+        self.hard = self.temperature != 1.0 and "cross_entropy" in fused.names
         self.part = rows_of_a_part(rows, len(student.weight), labels.device)
         product = None if teacher is None else teacher.product(slice(0, len(labels)))
         self.teacher = None if product is None or product.unsuited() is not None else product
@@ -153,13 +186,21 @@ class _Logits:
             return out, relative_logits(self.teacher.rows(at), self._teacher_reference[at], out, self.temperature)
         if self.source is None:
             return None, None
-        dense: Tensor = self.source.chunk(at)
-        mass = (dense / self.temperature).logsumexp(-1) * self.temperature
-        return dense, torch.stack([mass, torch.ones_like(mass)], -1)[:, None].float()
+        dense: Tensor = self.source.chunk(at).float()
+        return dense, _sums(dense, self.temperature)
 
     def gradient(self, rows: int) -> Tensor:
         """What the terms wrote over the student's logits: ``(n, W)``, 0 beyond V."""
         return self._student.view(self.student.hidden.dtype)[:rows]
+
+
+def _sums(logits: Tensor, temperature: float) -> Tensor:
+    """What ``relative_logits`` gives beside logits, for given ones: ``(n, V) -> (n, B, 2)``."""
+    from distily.kernels.products import BLOCK_VOCABULARY, HALF_LIMIT
+
+    blocks = pad(logits, (0, -logits.shape[1] % BLOCK_VOCABULARY), value=-math.inf).unflatten(1, (-1, BLOCK_VOCABULARY))
+    top = blocks.amax(-1).clamp(min=-HALF_LIMIT.value)  # a number also where there is no mass
+    return torch.stack([top, (blocks - top[..., None]).div_(temperature).exp_().sum(-1)], -1)
 
 
 def _coefficients(fused: FusedTerms, weights: Mapping[str, Any], items: Tensor) -> tuple[Tensor, Tensor]:
