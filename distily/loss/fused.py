@@ -130,7 +130,8 @@ def fused_rows(
                 temperature=fused.temperature, scale=student.scale, cap=student.softcap, vocabulary=vocabulary, **targets,
             )  # fmt: skip
         if gradients is not None:
-            gradients.add(slice(start, stop), logits.gradient(stop - start), hidden[start:stop], weight)
+            only = gradients.once and count <= rows
+            gradients.add(slice(start, stop), logits.gradient(stop - start), hidden[start:stop], weight, only=only)
     sums = values.sum(1) * factors
     owners = torch.tensor(fused.owners).to(hidden.device, non_blocking=True)
     return sums.new_zeros(len(fused.terms)).index_add(0, owners, sums)
