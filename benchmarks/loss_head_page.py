@@ -5,13 +5,12 @@ python benchmarks/loss_head_page.py run1/loss_head.json run2/loss_head.json --ou
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import asked, write_page
 from provenance import clocks_sentence, sentence
 
 GIB = 2**30
@@ -23,22 +22,12 @@ OURS = "distily"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measured", type=Path, nargs="+", help="files loss_head.json")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the page, the plots and all the figures as JSON")
-    chosen = parser.parse_args()
-    write([run for path in chosen.measured for run in json.loads(path.read_text(encoding="utf-8"))], chosen.out)
+    write(*asked("loss_head", __doc__))
 
 
 def write(runs: Sequence[dict[str, Any]], folder: Path) -> None:
     """loss_head.md, .png, .svg and .json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "loss_head.json").write_text(json.dumps(runs, indent=1), encoding="utf-8")
-    (folder / "loss_head.md").write_text(page(runs), encoding="utf-8")
-    try:
-        plot([cell for run in runs for cell in run["cells"]], folder)
-    except ImportError as error:
-        print(f"no plot: {error}; loss_head_page.py makes it from loss_head.json elsewhere.")
+    write_page("loss_head", runs, folder, page(runs), lambda: plot([cell for run in runs for cell in run["cells"]], folder))
 
 
 def page(runs: Sequence[dict[str, Any]]) -> str:

@@ -5,12 +5,11 @@ python benchmarks/step_page.py run1/step.json run2/step.json --out benchmarks/re
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import asked, write_page
 from provenance import clocks_sentence, sentence
 
 GIB = 2**30
@@ -18,22 +17,12 @@ OURS = "distily"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measured", type=Path, nargs="+", help="files step.json")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the page, the plots and all the figures as JSON")
-    chosen = parser.parse_args()
-    write([run for path in chosen.measured for run in json.loads(path.read_text(encoding="utf-8"))], chosen.out)
+    write(*asked("step", __doc__))
 
 
 def write(runs: Sequence[dict[str, Any]], folder: Path) -> None:
     """step.md, .png, .svg and .json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "step.json").write_text(json.dumps(runs, indent=1), encoding="utf-8")
-    (folder / "step.md").write_text(page(runs), encoding="utf-8")
-    try:
-        plot(runs[-1], folder)
-    except ImportError as error:
-        print(f"no plot: {error}; step_page.py makes it from step.json elsewhere.")
+    write_page("step", runs, folder, page(runs), lambda: plot(runs[-1], folder))
 
 
 def page(runs: Sequence[dict[str, Any]]) -> str:

@@ -81,8 +81,8 @@ def forms_of(terms: Sequence[Term]) -> FusedTerms | str:
         return "a pass holds one Rényi divergence"
     if sum(form.name == "sampled" for form in forms) > 1:
         return "a pass holds one set of sampled targets"
-    names = {term.key: [form.name for form in term.forms()] for term in terms}
-    temperatures = {term.temperature for term in terms if names[term.key] != ["cross_entropy"]}
+    placed = zip(forms, owners, strict=True)
+    temperatures = {terms[owner].temperature for form, owner in placed if form.name != "cross_entropy"}
     if len(temperatures) > 1:
         return f"the terms have several temperatures ({', '.join(f'{each:g}' for each in sorted(temperatures))})"
     fused = FusedTerms(terms, forms, owners, temperatures.pop() if temperatures else 1.0)
