@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -57,16 +57,10 @@ class Assembly:
         return student.to(self.device), quantizer
 
     def new_driver(self, student: Any, objectives: tuple[Component, ...]) -> Driver:
-        """A driver for ``objectives``, attached to the student. Without an objective that needs one, no teacher runs."""
-        terms = build_terms(objectives, self.plugins, student, self.teacher, self.config.seed)
-        teacher = local_teacher(self.teacher, terms, self.vocabulary)
+        """A driver for ``objectives``, attached to the student."""
         combiner = self.config.combiner if objectives == self.config.objectives else None
-        rows, seed = self.config.loss.chunk_rows, self.config.seed
-        combined = combination(combiner, self.plugins)
-        driver = Driver(terms, teacher, self.vocabulary, rows, seed, combination=combined, kernels=self.config.speed.kernels)
-        driver.attach(student)
-        calibrate(driver, self._calibration_batches())
-        return driver
+        config = replace(self.config, objectives=objectives, combiner=combiner)
+        return attached_driver(config, self.plugins, student, self.teacher, self.vocabulary, self._calibration_batches())
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
         """Training text in its own order, the same on every rank."""
@@ -75,6 +69,22 @@ class Assembly:
         while batch := list(islice(rows, size)):
             collated = self.data.collator(batch)
             yield {key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in collated.items()}
+
+
+def attached_driver(
+    config: RunConfig, plugins: Plugins, student: Any, teacher: Any, vocabulary: int, text: Iterable[Mapping[str, Any]]
+) -> Driver:
+    """The driver of a configuration, attached to the student; ``text``: batches that calibrated components see before.
+
+    Without an objective that needs one, no teacher runs.
+    """
+    terms = build_terms(config.objectives, plugins, student, teacher, config.seed)
+    source, combined = local_teacher(teacher, terms, vocabulary), combination(config.combiner, plugins)
+    rows, kernels = config.loss.chunk_rows, config.speed.kernels
+    driver = Driver(terms, source, vocabulary, rows, config.seed, combination=combined, kernels=kernels)
+    driver.attach(student)
+    calibrate(driver, text)
+    return driver
 
 
 def assemble(config: RunConfig, plugins: Plugins) -> Assembly:

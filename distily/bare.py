@@ -15,14 +15,11 @@ from transformers import Trainer
 from transformers.integrations.liger import apply_liger_kernel
 
 from distily.arguments import training_arguments
+from distily.assembly import attached_driver
 from distily.batch import model_inputs
 from distily.config import RunConfig
 from distily.data import Collator
 from distily.errors import DistilyError
-from distily.loss.calibration import calibrate
-from distily.loss.driver import Driver, local_teacher
-from distily.loss.meetings import combination
-from distily.loss.terms import build_terms
 from distily.plugins import Plugins
 from distily.speed import Say, choose
 
@@ -51,14 +48,8 @@ class BareTraining:
         self.speed = speed = choose(config)
         arguments = training_arguments(config, Path(config.output_dir), speed=speed)
         _prepare(student, arguments)
-        terms = build_terms(config.objectives, plugins, student, teacher, config.seed)
-        source = local_teacher(teacher, terms, vocabulary)
-        met = combination(config.combiner, plugins)
-        rows, kernels = config.loss.chunk_rows, config.speed.kernels
-        self.driver = Driver(terms, source, vocabulary, rows, config.seed, combination=met, kernels=kernels)
-        self.driver.attach(student.train())
-        calibrate(self.driver, text)
-        self.student, self.teacher = student, None if source is None else teacher
+        self.driver = attached_driver(config, plugins, student.train(), teacher, vocabulary, text)
+        self.student, self.teacher = student, None if self.driver.teacher is None else teacher
         self.batches = batches
         self.device = batches[0]["input_ids"].device
         self.items = torch.tensor(sum(len(batch["supervised"]) for batch in batches), device=self.device)
