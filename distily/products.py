@@ -28,8 +28,7 @@ class Product:
         """The product itself, ``(N, V)`` in float32 (float64 stays): on a GPU as the product adds it up, not rounded to the rows' dtype."""
         hidden, weight, bias = self.hidden, self.weight, self.bias
         if hidden.dtype not in (torch.bfloat16, torch.float16) or not hidden.is_cuda:
-            raw = torch.nn.functional.linear(hidden, weight, bias)
-            return raw if raw.dtype == torch.float64 else raw.float()
+            return upcast(torch.nn.functional.linear(hidden, weight, bias))
         even = -(-len(weight) // 8) * 8  # rows that start at multiples of 16 bytes; a GPU is five times slower without
         raw = torch.empty((len(hidden), even), dtype=torch.float32, device=hidden.device)[:, : len(weight)]
         torch.mm(hidden, weight.T, out_dtype=torch.float32, out=raw)
@@ -49,3 +48,13 @@ def unsuited(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str | None:
     if width % 8 or not weight.is_contiguous() or not hidden.is_contiguous():
         return f"rows of {width} numbers do not start at multiples of 16 bytes"
     return None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are kept in: float32, or float64 where it is float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def upcast(values: Tensor) -> Tensor:
+    """float32, or float64 where it was float64."""
+    return values.to(wide(values.dtype))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distily.errors import DistilyError
-from distily.loss.heads import upcast
+from distily.products import upcast
 
 PREFIX = "distily_"
 """The wrapper of an implementation is registered under the implementation's name with this before it."""

@@ -15,9 +15,9 @@ from distily.batch import model_inputs, pick
 from distily.errors import DistilyError
 from distily.loss.driver import Driver
 from distily.loss.feature_terms import FeatureRows
-from distily.loss.heads import upcast
 from distily.loss.step import Step
 from distily.loss.terms import READ_SITES, Term
+from distily.products import upcast
 from distily.state import Calibrated
 
 

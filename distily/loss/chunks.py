@@ -18,10 +18,10 @@ from distily.batch import pick
 from distily.errors import DistilyError
 from distily.loss.fused import FusedTerms, fused_rows
 from distily.loss.gradients import Gradients, accumulate
-from distily.loss.heads import OutputHead, upcast
+from distily.loss.heads import OutputHead
 from distily.loss.meetings import Meeting
 from distily.loss.terms import Term
-from distily.products import Product
+from distily.products import Product, upcast
 from distily.state import once_observed
 from distily.teachers import LogitSource
 

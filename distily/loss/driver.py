@@ -23,11 +23,12 @@ from distily.loss.chunks import ChunkWalk, Piece, chunked_loss
 from distily.loss.feature_terms import FeatureRows, row_sets
 from distily.loss.features import FeatureCapture, Place
 from distily.loss.fused import FusedTerms, fuse
-from distily.loss.heads import OutputHead, nothing, select, upcast
+from distily.loss.heads import OutputHead, nothing, select
 from distily.loss.meetings import Combination, FeatureGradients, Meeting, ValueMeeting, advance
 from distily.loss.readouts import Readout
 from distily.loss.step import Step
 from distily.loss.terms import Term
+from distily.products import upcast
 from distily.teachers import LocalTeacher, Teacher
 
 ATTACHED = "distily_objectives"

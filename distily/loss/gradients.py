@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distily.products import wide
+
 MOST_PADDING = 128
 """Columns of zeros that gradients at logits may have beyond the head's rows, so that products have sizes that a GPU likes."""
 
@@ -65,7 +67,9 @@ class Gradients:
         width, transposed = at_logits.shape[1], at_logits.T
         first = self.weight is None
         if self.weight is None:
-            self.weight = head.new_empty((len(head) + self.padding, head.shape[1]), dtype=head.dtype if only else _wide(head))
+            self.weight = head.new_empty(
+                (len(head) + self.padding, head.shape[1]), dtype=head.dtype if only else wide(head.dtype)
+            )
             self.weight[width:].zero_()  # what no product reaches: the padding of the vocabulary
         total = self.weight[:width]
         wider: dict[str, Any] = {} if at_logits.dtype == total.dtype or not at_logits.is_cuda else {"out_dtype": total.dtype}
@@ -109,12 +113,8 @@ def _scaled(values: Tensor | None, factor: Tensor, dtype: torch.dtype | None) ->
     return scaled(values, factor, dtype)
 
 
-def _wide(value: Tensor) -> torch.dtype:
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
-
-
 def _zeros(value: Tensor) -> Tensor:
-    return torch.zeros_like(value, dtype=_wide(value))
+    return torch.zeros_like(value, dtype=wide(value.dtype))
 
 
 def accumulate(total: Tensor, at: slice | Tensor, values: Tensor) -> None:

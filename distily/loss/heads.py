@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distily.errors import DistilyError
-from distily.products import Product
+from distily.products import Product, upcast
 
 Receiver = Callable[[Tensor], Tensor]
 _receivers: WeakKeyDictionary[nn.Module, Receiver] = WeakKeyDictionary()
@@ -125,11 +125,6 @@ class OutputHead:
 def nothing(hidden_states: Tensor) -> Tensor:
     """Zeros ``(B, S, 1)`` in place of logits: harmless under soft-capping and scaling."""
     return hidden_states.new_zeros((*hidden_states.shape[:-1], 1))
-
-
-def upcast(values: Tensor) -> Tensor:
-    """float32, or float64 where it was float64."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def select(values: Tensor, index: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distily.combiners import COMBINER_KEYS, Combiner, Scope, cosines
-from distily.loss.heads import upcast
+from distily.products import upcast
 from distily.spec import Component
 from distily.state import Adaptive
 

@@ -16,9 +16,9 @@ from distily.errors import DistilyError
 from distily.forms import Form
 from distily.layers import LayerPair
 from distily.loss.features import Feature, width
-from distily.loss.heads import upcast
 from distily.mappings import LayerMapping, layer_mapping
 from distily.objectives import RESERVED, Description
+from distily.products import upcast
 from distily.schedules import schedule
 from distily.spec import Component, parse_component
 
