@@ -4,8 +4,8 @@
 
 Every contender gets the same bf16 hidden states and heads and gives the mean loss and the gradients of student and head.
 
-time      median of the repeats, by CUDA events, after warming up; two rounds, the second in reverse order, so that clocks and heat
-          are the same for all. The heads are larger than the L2 cache.
+time      median of the repeats, by CUDA events, after as long a time of warming up, until the clock has settled at the power limit; two
+          rounds, the second in reverse order. The heads are larger than the L2 cache.
 products  the four matrix products that no exact loss avoids (both logits, both gradients) by torch.mm in bf16 on all tokens, in the
           same rounds; ratio = their time ÷ the whole loss's. Where V is no multiple of 64, also the same products with V padded to one:
           the aligned ceiling.
@@ -46,14 +46,15 @@ def synchronize(device: torch.device) -> None:
 
 
 def times(calls: Sequence[Callable[[], Any]], seconds: float, device: torch.device) -> list[list[float]]:
-    """Milliseconds of every call, in turn, over as many repeats as ``seconds`` allow, after two to warm up."""
+    """Milliseconds of every call, in turn, over as many repeats as ``seconds`` allow, after as long a time to warm up."""
     synchronize(device)
-    began = time.perf_counter()
-    for _ in range(2):
+    began, warm = time.perf_counter(), 0
+    while warm < 2 or time.perf_counter() - began < seconds:
         for call in calls:
             call()
-    synchronize(device)
-    repeats = max(LEAST, min(MOST, int(2 * seconds / (time.perf_counter() - began))))
+        warm += 1
+        synchronize(device)
+    repeats = max(LEAST, min(MOST, int(warm * seconds / (time.perf_counter() - began))))
     if device.type != "cuda":
         return [[_by_clock(call) for _ in range(repeats)] for call in calls]
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)] for _ in range(repeats)]
@@ -125,6 +126,7 @@ class Entry:
     def check(self, expected: dict[str, Truth], entropy: float) -> None:
         """The first two steps: compilation, then memory and errors."""
         device = self.problem.student.device
+        gc.collect()
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # what a contender keeps between steps counts too
         self.loss = self.contender.prepare(self.problem)
         self.step()

@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from provenance import Clocks, clocks_sentence, provenance, sentence
 from step_problem import CASES, Case
-from torch import Tensor
 
 from distily.assembly import Assembly, assemble
 from distily.bare import BareTraining
+from distily.batch import moved
 from distily.benchmark import synchronize
 from distily.config import resolve
 from distily.plugins import load
@@ -111,8 +111,7 @@ class Runs:
     def bare(self) -> None:
         """Milliseconds of a step, twice."""
         parts, size = self.parts, self.parts.config.train["per_device_train_batch_size"]
-        batch = parts.data.collator([parts.data.train[place] for place in range(size)])
-        batch = {key: value.to(parts.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        batch = moved(parts.data.collator([parts.data.train[place] for place in range(size)]), parts.device)
         training = BareTraining(parts.config, parts.plugins, self.student, parts.teacher, parts.vocabulary, [batch])
         with training.applied:
             for warm in (True, False, False):

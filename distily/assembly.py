@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from distily import data, models, probes
 from distily.arguments import kept_checkpoints, training_arguments
-from distily.batch import model_inputs
+from distily.batch import model_inputs, moved
 from distily.config import RunConfig
 from distily.errors import DistilyError
 from distily.evaluation import EvaluationContext, Evaluator
@@ -67,8 +67,7 @@ class Assembly:
         size = int(self.config.train.get("per_device_train_batch_size", 8))
         rows = iter(self.data.train)
         while batch := list(islice(rows, size)):
-            collated = self.data.collator(batch)
-            yield {key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in collated.items()}
+            yield moved(self.data.collator(batch), self.device)
 
 
 def attached_driver(
@@ -133,7 +132,7 @@ def _check_heads(vocabulary: int, **by_role: Any) -> None:
 def _probe(parts: Assembly, student: Any) -> str | None:
     """The driver's logits against both models' own, packing if it is asked for, and one step of the whole loss: how that was computed."""
     batch = parts.data.heldout_collator([parts.data.heldout[index] for index in range(min(2, len(parts.data.heldout)))])
-    placed = {key: value.to(parts.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    placed = moved(batch, parts.device)
     for role, model in (("teacher", parts.teacher), ("student", student)):
         probes.check_native_logits(role, model, placed)
         if parts.config.data.packing:

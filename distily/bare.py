@@ -16,7 +16,7 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from distily.arguments import training_arguments
 from distily.assembly import attached_driver
-from distily.batch import model_inputs
+from distily.batch import model_inputs, moved
 from distily.config import RunConfig
 from distily.data import Collator
 from distily.errors import DistilyError
@@ -111,4 +111,4 @@ def random_batches(
         drawn = torch.randint(vocabulary, (rows, length), generator=generator).tolist()
         documents: list[Any] = [{"input_ids": ids, "labels": ids} for ids in drawn]
         batch = collator([[document] for document in documents] if collator.packed else documents)
-        yield {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        yield moved(batch, device)

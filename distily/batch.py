@@ -37,6 +37,11 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
+def moved(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The batch with its tensors on ``device``; what the host needs stays there."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
 def supervise(batch: Mapping[str, Any]) -> Supervision:
     """The supervision of a batch. Distily's collator supplies ``supervised`` and ``lengths``; without them they are worked out
     from ``labels``, each row one document, which costs a synchronisation on a GPU.

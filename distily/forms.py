@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # the configuration is checked without torch
 FORMS = {
     "cross_entropy": "−log s_y, with the label y and at temperature 1",
     "forward_kl": "Σ t log(t/s)",
-    "reverse_kl": "Σ s log(s/t)",
     "soft_cross_entropy": "−Σ t log s",
+    "reverse_kl": "Σ s log(s/t)",
     "jsd": "Σ β t log(t/m) + (1−β) s log(s/m), m = β t + (1−β) s; parameter β",
     "skew_kl": "Σ t log(t/m), m = λ t + (1−λ) s; parameter λ",
     "skew_reverse_kl": "Σ s log(s/m), m = (1−λ) t + λ s; parameter λ",

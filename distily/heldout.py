@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from distily.batch import model_inputs, supervise
+from distily.batch import model_inputs, moved, supervise
 from distily.evaluation import TokenFunction
 from distily.loss.driver import default_chunk_rows
 from distily.loss.heads import OutputHead, select
@@ -39,7 +39,7 @@ class HeldOut:
         sums = torch.zeros(len(functions), dtype=torch.float64, device=device)
         tokens = 0
         for batch in self.loader:
-            placed = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            placed = moved(batch, device)
             supervision = supervise(placed)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
                 hidden = [

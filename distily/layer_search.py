@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from distily import data, models
-from distily.batch import model_inputs, supervise
+from distily.batch import model_inputs, moved, supervise
 from distily.config import RunConfig
 from distily.environment import versions
 from distily.errors import DistilyError
@@ -161,7 +161,7 @@ def _sets(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]]) -> I
     device = next(student.parameters()).device
     try:
         for batch in batches:
-            placed = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            placed = moved(batch, device)
             index = supervise(placed).index
             index = index[index % placed["input_ids"].shape[1] > 0]
             sides = []

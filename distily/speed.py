@@ -21,9 +21,11 @@ import torch.utils._triton as triton
 from torch import Tensor, nn
 
 from distily import precision
+from distily.compilation import Compiled
 from distily.config import RunConfig
 from distily.errors import DistilyError, wrong
 from distily.loss.features import decoder_blocks
+from distily.loss.readouts import final_norm
 
 BACKEND = "inductor"
 SHAPES = 16
@@ -43,7 +45,7 @@ class Speed:
     autocast: bool
     """Whether float32 weights are computed with in 16 bits."""
     compiled: bool
-    """Whether decoder blocks are compiled, one by one."""
+    """Whether decoder blocks are compiled, one by one, and the norm after them."""
     attention: str | None
     """The kernel that SDPA tries first; None: PyTorch's own order."""
     on_gpu: bool
@@ -69,7 +71,7 @@ class Speed:
             products += " (train.tf32=true allows less)"
         words = {
             "precision": products,
-            "compile": "decoder blocks, one by one" if self.compiled else "nothing",
+            "compile": "decoder blocks, one by one, and the norm after them" if self.compiled else "nothing",
             "optimizer": optimizer,
         }
         if self.on_gpu:
@@ -142,7 +144,7 @@ class Applied:
     def __init__(self, speed: Speed, student: Any, teacher: Any | None, say: Say) -> None:
         self.speed, self.say = speed, say
         self.models = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
-        self._blocks = CompiledBlocks(say)
+        self._modules = CompiledModules(say)
         self._told: set[str] = set()
         self._stack: ExitStack | None = None
 
@@ -189,9 +191,9 @@ class Applied:
             model.forward = MethodType(_autocasting, model)
             stack.callback(delattr, model, "forward")
         if self.speed.compiled and self._compilable(role, model):
-            for block in decoder_blocks(model):
-                block.forward = MethodType(self._blocks, block)
-                stack.callback(delattr, block, "forward")
+            for module in (*decoder_blocks(model), *_norm(model)):
+                module.forward = MethodType(self._modules, module)
+                stack.callback(delattr, module, "forward")
             limit = 8 + 4 * len(decoder_blocks(model))  # blocks with hooks inside have graphs of their own
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=limit, skip_nnmodule_hook_guards=False))
 
@@ -207,31 +209,36 @@ class Applied:
             self.say(line)
 
 
-class CompiledBlocks:
-    """Runs decoder blocks compiled: one function for each class of blocks, whose graph all of them share.
+class CompiledModules:
+    """Runs modules compiled: one function for each class of them, whose graph all of a class share.
 
-    Stands in as ``forward`` on an instance, as a bound method, so hooks on the block and checkpointing stay around it, a deep copy runs
+    Stands in as ``forward`` on an instance, as a bound method, so hooks on the module and checkpointing stay around it, a deep copy runs
     its own weights, and names in the state dict stay. The first length is compiled as it is, the second one for all others.
     """
 
     def __init__(self, say: Say) -> None:
         self.say = say
-        self.functions: dict[type, Callable[..., Any]] = {}
+        self.functions: dict[type, Compiled] = {}
 
-    def __call__(self, block: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-        kind = type(block)
+    def __call__(self, module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        kind = type(module)
         if kind not in self.functions:
-            self.functions[kind] = torch.compile(kind.forward, backend=BACKEND)
+            self.functions[kind] = Compiled(kind.forward, backend=BACKEND)
         function = self.functions[kind]
-        try:
-            return function(block, *arguments, **keywords)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if function is kind.forward:
-                raise
-            reason = " ".join(str(error).split())[:200]
-            self.say(f"Speed, compile: {kind.__name__} is not compiled, since that failed: {reason}")
-            self.functions[kind] = kind.forward
-            return kind.forward(block, *arguments, **keywords)
+        was = function.refused
+        outputs = function(module, *arguments, **keywords)
+        if function.refused != was:
+            self.say(f"Speed, compile: {kind.__name__} is not compiled, since that failed: {function.refused}")
+        return outputs
+
+
+def _norm(model: Any) -> list[nn.Module]:
+    """The norm after the blocks, if it can be told and is not one kernel already."""
+    try:
+        norm = final_norm(model)
+    except DistilyError:
+        return []
+    return [] if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) else [norm]
 
 
 def _kernels(first: str) -> Any:

@@ -29,7 +29,9 @@ LAYERS = [
         "loggers",
         "batch",
         "products",
+        "compilation",
         "kernels.__init__",
+        "kernels.forms",
         "kernels.products",
         "kernels.rows",
         "kernels.scaling",
@@ -44,6 +46,7 @@ LAYERS = [
     {
         "loss.meetings",
         "loss.gradients",
+        "loss.blocks",
         "loss.fused",
         "loss.step",
         "loss.chunks",

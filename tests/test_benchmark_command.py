@@ -188,7 +188,7 @@ class TestCommand:
     def test_compiled_blocks_are_compared_with_none(self, runner, place):
         result = run(runner, "--set", "speed.compile=true", "--train", "use_cpu=true")
         assert result.exit_code == 0, result.output
-        assert "Speed, compile: decoder blocks, one by one." in result.stdout
+        assert "Speed, compile: decoder blocks, one by one, and the norm after them." in result.stdout
         assert "plain: with speed.compile=false." in result.stdout
 
     def test_what_is_calibrated_sees_more_text_than_a_step_has(self, runner, place):

@@ -58,7 +58,7 @@ def by_kernel(forms, weights, student, teacher, labels, temperature=1.0):
     """Values ``(F, n)`` and the gradient of Σ weight · value at the student's logits."""
     count, vocabulary = student.shape
     width = math.ceil(vocabulary / 128) * 128
-    padded = [torch.full((count, width), float("nan"), device=DEVICE) for _ in range(2)]  # what lies beyond V is never read
+    padded = [torch.full((count, width), -math.inf, device=DEVICE) for _ in range(2)]
     for buffer, logits in zip(padded, (student, teacher), strict=True):
         buffer[:, :vocabulary] = logits
     gradient, values = torch.empty_like(padded[0]), torch.empty((len(forms), count), device=DEVICE)
@@ -67,7 +67,7 @@ def by_kernel(forms, weights, student, teacher, labels, temperature=1.0):
         *padded, gradient, sums(student, temperature, "cross_entropy" in {form.name for form in forms}), sums(teacher, temperature),
         [form.name for form in forms], torch.tensor([w / t for w, t in zip(weights, own, strict=True)], device=DEVICE),
         torch.tensor([(*form.parameters, 0.0, 0.0)[:2] for form in forms], device=DEVICE), labels,
-        torch.zeros(count, device=DEVICE), values, temperature=temperature, vocabulary=vocabulary,
+        torch.zeros(count, device=DEVICE), values, temperature=temperature,
     )  # fmt: skip
     assert not gradient[:, vocabulary:].any()
     return values, gradient[:, :vocabulary]
@@ -106,7 +106,7 @@ def test_value_and_gradient_of_every_form(name, temperature):
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-7)
 
 
-@settings(max_examples=15 if DEVICE == "cpu" else 100, deadline=None)
+@settings(max_examples=15 if DEVICE == "cpu" else 30, deadline=None)
 @given(
     st.lists(st.sampled_from(sorted(set(FORMS) - {"renyi"})), min_size=1, max_size=4),
     st.integers(1, 4),

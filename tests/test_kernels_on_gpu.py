@@ -6,6 +6,8 @@ import pytest
 import tiny
 import torch
 
+from distily.batch import moved
+
 pytestmark = pytest.mark.gpu
 
 
@@ -13,7 +15,7 @@ def on_gpu(dtype, autocast=False, kernels=True, vocabulary=997, specs=("forward_
     """Loss and gradients of one step of a tiny pair on the GPU, and how its terms were computed."""
     shape = {"hidden_size": 64, "vocab_size": vocabulary + 27, **shape}
     student, teacher = (tiny.model("llama", seed, dtype, **shape).cuda() for seed in (1, 2))
-    batch = {key: value.cuda() for key, value in tiny.collate(tiny.documents(40)).items()}
+    batch = moved(tiny.collate(tiny.documents(40)), "cuda")
     driver = tiny.driver(student, teacher, *specs, vocabulary=vocabulary, chunk_rows=None, kernels=kernels)
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         loss, gradients = tiny.accumulate(driver, student, [batch])
@@ -91,8 +93,9 @@ def test_the_same_bits_twice():
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, second, strict=True))
 
 
-def test_memory_does_not_grow_with_tokens():
-    """Beyond hidden states and their gradient, 32,768 tokens take what 8,192 take."""
+def test_memory_does_not_grow_with_tokens(monkeypatch):
+    """Beyond hidden states and their gradient, 32,768 tokens take what 8,192 take; which is what they may take."""
+    monkeypatch.setattr("distily.loss.blocks.MOST_BYTES", 400 * 2**20)
     peaks = []
     for count in (8192, 32768):
         given = head_case(count, 32000, 512)
@@ -101,13 +104,14 @@ def test_memory_does_not_grow_with_tokens():
         before = torch.cuda.memory_allocated()
         loss_of(*given)
         peaks.append(torch.cuda.max_memory_allocated() - before - 3 * count * 512 * 2)
-    assert peaks[1] < 1.15 * peaks[0]
+    assert peaks[1] < 1.1 * peaks[0]
+    assert peaks[1] < 420 * 2**20
 
 
 @pytest.mark.parametrize("specs", [("forward_kl",), ("jsd", "cross_entropy"), ("decoupled_kd",)], ids=" + ".join)
 def test_nothing_waits_for_the_gpu(specs):
     student, teacher = (tiny.model("llama", seed, torch.bfloat16, hidden_size=64).cuda() for seed in (1, 2))
-    batch = {key: value.cuda() for key, value in tiny.collate(tiny.documents(8)).items()}
+    batch = moved(tiny.collate(tiny.documents(8)), "cuda")
     driver = tiny.driver(student, teacher, *specs, chunk_rows=None)
     count = torch.tensor(tiny.items([batch]), device="cuda")
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}

@@ -17,13 +17,13 @@ pytest.importorskip("triton")
 from test_kernels import DEVICE, HALF, ORACLES, PARAMETERS, Head, Teacher, of, product
 
 from distily.forms import SPARSE_FORMS, Form
+from distily.kernels.products import BLOCK_VOCABULARY as BLOCK
 from distily.kernels.rows import rows_pass
 from distily.kernels.targets import draws, supports
 from distily.loss.chunks import ChunkWalk, Piece, chunked_loss
 from distily.loss.fused import FusedTerms, forms_of
 
 TOPS = sorted(set(SPARSE_FORMS) - {"sampled"})
-BLOCK = 256
 
 
 def sums(logits, temperature, hard=False):
@@ -38,8 +38,8 @@ def sums(logits, temperature, hard=False):
 
 
 def buffer(logits):
-    """Rows as wide as a product's; what lies beyond the vocabulary is never read."""
-    wide = torch.full((len(logits), math.ceil(logits.shape[1] / 128) * 128), float("nan"), dtype=logits.dtype, device=DEVICE)
+    """Rows as wide as a product's, which has no mass beyond the vocabulary."""
+    wide = torch.full((len(logits), math.ceil(logits.shape[1] / 128) * 128), -math.inf, dtype=logits.dtype, device=DEVICE)
     wide[:, : logits.shape[1]] = logits
     return wide
 
@@ -52,10 +52,9 @@ def by_kernel(forms, weights, student, teacher, labels=None, numbers=None, tempe
     hard = "cross_entropy" in names and temperature != 1.0
     parts = sums(student, temperature, hard), sums(teacher, temperature)
     own = [1.0 if name == "cross_entropy" else temperature for name in names]
-    coefficients = torch.tensor([w / t for w, t in zip(weights, own, strict=True)], device=DEVICE)
+    coefficients = torch.tensor([w * scale / t for w, t in zip(weights, own, strict=True)], device=DEVICE)
     values = torch.full((len(forms), count), float("nan"), device=DEVICE)
-    options = {"temperature": temperature, "vocabulary": vocabulary}
-    found = {}
+    found, options = {}, {"temperature": temperature, "vocabulary": vocabulary}
     if set(names) & set(TOPS):
         found["supports"] = supports(mine, theirs, *parts, forms, coefficients, values, **options)
     if "sampled" in names:
@@ -65,7 +64,7 @@ def by_kernel(forms, weights, student, teacher, labels=None, numbers=None, tempe
         mine, theirs, gradient, *parts, names, coefficients,
         torch.tensor([(*form.parameters, 0.0, 0.0)[:2] for form in forms], device=DEVICE),
         torch.zeros(count, dtype=torch.int64, device=DEVICE) if labels is None else labels, torch.zeros(count, device=DEVICE), values,
-        scale=scale, cap=cap, **options, **found,
+        temperature=temperature, cap=cap, **found,
     )  # fmt: skip
     assert not gradient[:, vocabulary:].any()
     return values, gradient[:, :vocabulary]

@@ -5,6 +5,8 @@ Letters: N rows, H hidden width, V vocabulary, W the width of a row of the buffe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -13,10 +15,35 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distily.products import Product
 
-BLOCK_ROWS, BLOCK_VOCABULARY, BLOCK_WIDTH = 128, 256, 64
-STAGES, WARPS = 4, 8
+BLOCK_VOCABULARY, BLOCK_WIDTH = 128, 64
+"""Tokens over which the softmax is summed at a time, and numbers of a row that are multiplied at a time."""
 HALF_LIMIT = tl.constexpr(65504.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Rows and tokens of a tile, and how a program makes one: warps, stages of its loads, and programs that share a processor."""
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+    programs: int
+
+
+LONG, UNEVEN, SHORT = Tiling(128, 256, 8, 4, 1), Tiling(256, 128, 8, 4, 1), Tiling(128, 128, 4, 3, 2)
+"""For long rows of hidden states, with a vocabulary that is a multiple of 256 and with another; and for short ones, where a tile's end
+takes so long that another program had better multiply meanwhile."""
+SHORTEST = 1024
+"""The width from which on rows are long."""
+
+
+def tiling(width: int, vocabulary: int) -> Tiling:
+    """How the product of rows of ``width`` numbers with a head is cut."""
+    if width < SHORTEST:
+        return SHORT
+    return UNEVEN if vocabulary % LONG.tokens else LONG
 
 
 @triton.jit
@@ -31,20 +58,20 @@ def _finish(raw, scale, cap, HAS_CAP: tl.constexpr):
 @triton.jit
 def _logits(
     hidden, weight, out, bias_ptr, reference_ptr, parts_ptr, rows, vocabulary, width, scale, cap, inverse,
-    BLOCK_ROWS: tl.constexpr, BLOCK_VOCABULARY: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PROGRAMS: tl.constexpr,
-    PARTS: tl.constexpr, RAGGED: tl.constexpr, HARD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr, HARD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
-    tiles = row_blocks * tl.cdiv(vocabulary, BLOCK_VOCABULARY)
-    half: tl.constexpr = BLOCK_VOCABULARY // 2
+    tiles, blocks = row_blocks * tl.cdiv(vocabulary, BLOCK_TOKENS), tl.cdiv(vocabulary, BLOCK)
+    half: tl.constexpr = BLOCK_TOKENS // 2
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):  # rows first: neighbours share a block of the head
         row = (tile % row_blocks) * BLOCK_ROWS
-        token = (tile // row_blocks) * BLOCK_VOCABULARY
-        logits = tl.zeros((BLOCK_ROWS, BLOCK_VOCABULARY), tl.float32)
+        token = (tile // row_blocks) * BLOCK_TOKENS
+        logits = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
         for start in range(0, width, BLOCK_WIDTH):
             logits = tl.dot(hidden.load([row, start]), weight.load([token, start]).T, logits)
-        tokens = token + tl.arange(0, BLOCK_VOCABULARY)
+        tokens = token + tl.arange(0, BLOCK_TOKENS)
         if HAS_BIAS:
             logits += tl.load(bias_ptr + tokens, mask=tokens < vocabulary, other=0.0).to(tl.float32)[None, :]
         if HAS_SCALE or HAS_CAP:
@@ -55,12 +82,15 @@ def _logits(
             logits = tl.where((tokens < vocabulary)[None, :], logits, -float("inf"))
         stored = logits.to(tl.float16)
         logits = stored.to(tl.float32)  # what is summed is what will be read
-        top = tl.maximum(tl.max(logits, 1), -HALF_LIMIT)  # of a block without mass: a number, since -inf − -inf is none
-        part = parts_ptr + (at * tl.cdiv(vocabulary, BLOCK_VOCABULARY) + token // BLOCK_VOCABULARY) * PARTS
-        tl.store(part, top, mask=at < rows)
-        tl.store(part + 1, tl.sum(tl.exp2(logits * inverse - (top * inverse)[:, None]), 1), mask=at < rows)
+        logits = tl.reshape(logits, (BLOCK_ROWS, BLOCK_TOKENS // BLOCK, BLOCK))
+        top = tl.maximum(tl.max(logits, 2), -HALF_LIMIT)  # of a block without mass: a number, since -inf − -inf is none
+        block = token // BLOCK + tl.arange(0, BLOCK_TOKENS // BLOCK)
+        part = parts_ptr + (at[:, None] * blocks + block[None, :]) * PARTS
+        there = (at < rows)[:, None] & (block < blocks)[None, :]
+        tl.store(part, top, mask=there)
+        tl.store(part + 1, tl.sum(tl.exp2(logits * inverse - (top * inverse)[:, :, None]), 2), mask=there)
         if HARD:
-            tl.store(part + 2, tl.sum(tl.exp2(logits * LOG2_E - (top * LOG2_E)[:, None]), 1), mask=at < rows)
+            tl.store(part + 2, tl.sum(tl.exp2(logits * LOG2_E - (top * LOG2_E)[:, :, None]), 2), mask=there)
         left, right = tl.split(tl.permute(tl.reshape(stored, (BLOCK_ROWS, 2, half)), (0, 2, 1)))
         out.store([row, token], left)
         out.store([row, token + half], right)
@@ -105,27 +135,32 @@ def relative_logits(product: Product, reference: Tensor, out: Tensor, temperatur
     with ``hard`` ``(N, B, 3)``: the same sum without temperature. ``product`` is in bfloat16 or float16, see ``Product.unsuited``.
     """
     hidden, weight, bias = product.hidden, product.weight, product.bias
-    hidden_blocks = TensorDescriptor.from_tensor(hidden, [BLOCK_ROWS, BLOCK_WIDTH])
-    weight_blocks = TensorDescriptor.from_tensor(weight, [BLOCK_VOCABULARY, BLOCK_WIDTH])
-    out_blocks = TensorDescriptor.from_tensor(out, [BLOCK_ROWS, BLOCK_VOCABULARY // 2])
+    cut = tiling(hidden.shape[1], len(weight))
+    hidden_blocks = TensorDescriptor.from_tensor(hidden, [cut.rows, BLOCK_WIDTH])
+    weight_blocks = TensorDescriptor.from_tensor(weight, [cut.tokens, BLOCK_WIDTH])
+    out_blocks = TensorDescriptor.from_tensor(out, [cut.rows, cut.tokens // 2])
     rows, vocabulary = len(hidden), len(weight)
     blocks = triton.cdiv(vocabulary, BLOCK_VOCABULARY)
     parts = torch.empty((rows, blocks, 3 if hard else 2), dtype=torch.float32, device=hidden.device)
-    programs = min(triton.cdiv(rows, BLOCK_ROWS) * blocks, processors(hidden.device))
+    programs = min(_tiles(cut, rows, vocabulary), cut.programs * processors(hidden.device))
     _logits[(programs,)](
         hidden_blocks, weight_blocks, out_blocks, reference if bias is None else bias, reference, parts,
         rows, vocabulary, hidden.shape[1], product.scale, product.softcap or 0.0, LOG2_E.value / temperature,
-        BLOCK_ROWS=BLOCK_ROWS, BLOCK_VOCABULARY=BLOCK_VOCABULARY, BLOCK_WIDTH=BLOCK_WIDTH, PROGRAMS=programs, PARTS=parts.shape[2],
-        RAGGED=vocabulary % BLOCK_VOCABULARY != 0, HARD=hard, HAS_BIAS=bias is not None, HAS_SCALE=product.scale != 1.0,
-        HAS_CAP=product.softcap is not None, num_warps=WARPS, num_stages=STAGES,
+        BLOCK_ROWS=cut.rows, BLOCK_TOKENS=cut.tokens, BLOCK_WIDTH=BLOCK_WIDTH, PROGRAMS=programs, BLOCK=BLOCK_VOCABULARY,
+        PARTS=parts.shape[2], RAGGED=vocabulary % cut.tokens != 0, HARD=hard, HAS_BIAS=bias is not None, HAS_SCALE=product.scale != 1.0,
+        HAS_CAP=product.softcap is not None, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return parts
 
 
-def waves(rows: int, vocabulary: int, device: torch.device) -> int:
+def waves(rows: int, width: int, vocabulary: int, device: torch.device) -> int:
     """How often every processor gets a tile of a product with so many rows: its time, in units of a tile's."""
-    tiles = triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(vocabulary, BLOCK_VOCABULARY)
-    return int(triton.cdiv(tiles, processors(device)))
+    cut = tiling(width, vocabulary)
+    return int(triton.cdiv(_tiles(cut, rows, vocabulary), cut.programs * processors(device)))
+
+
+def _tiles(cut: Tiling, rows: int, vocabulary: int) -> int:
+    return int(triton.cdiv(rows, cut.rows) * triton.cdiv(vocabulary, cut.tokens))
 
 
 def processors(device: torch.device) -> int:

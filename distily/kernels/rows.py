@@ -2,8 +2,9 @@
 
 A term is Σ_v f(log s_v, log t_v). With φ = ∂f/∂log s its gradient at logit v is φ_v − s_v Σ_u φ_u. The log-sum-exps come from the
 product that made the logits; where Σφ is known beforehand, as for forward KL and the cross-entropies, one sweep over a row writes
-values and gradient. Every other form has a sweep for its Σφ before that. Sparse forms come with what ``distily.kernels.targets`` found:
-the bounds of the chosen tokens, which the sweep tells by their logits, or drawn tokens, where the gradient is written once more.
+values and gradient. All other forms, the late ones, have one sweep for their Σφ before that. Sparse forms come with what
+``distily.kernels.targets`` found: the bounds of the chosen tokens, which the sweep tells by their logits, or drawn tokens, where the
+gradient is written once more.
 Letters: N rows, V vocabulary, W the width of a row of the buffers, F forms; s and t are the student's and the teacher's distributions.
 """
 
@@ -15,73 +16,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distily.forms import FORMS, SPARSE_FORMS
+from distily.kernels.forms import (
+    CROSS_ENTROPY,
+    FORWARD_KL,
+    LN_2,
+    NUMBERS,
+    RENYI,
+    SAMPLED,
+    SOFT_CROSS_ENTROPY,
+    TOP_BUCKET,
+    form_at,
+    unit_of,
+)  # fmt: skip
 from distily.kernels.products import LOG2_E, processors
 
 BLOCK, WARPS, REGISTERS = 4096, 16, 64
 """Tokens that a program holds at a time, its warps, and the registers of a thread: as many as let two programs run on a processor."""
-LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST, HUGE = tl.constexpr(-1e38), tl.constexpr(1e30)
+"""The logarithm of no probability, a number too; and from where on a value can only be infinite, as it counted such a logarithm."""
 
-NUMBERS = {name: number for number, name in enumerate([*FORMS, *SPARSE_FORMS])}
-"""A form's number in the kernel."""
-CROSS_ENTROPY = tl.constexpr(NUMBERS["cross_entropy"])
-FORWARD_KL = tl.constexpr(NUMBERS["forward_kl"])
-REVERSE_KL = tl.constexpr(NUMBERS["reverse_kl"])
-SOFT_CROSS_ENTROPY = tl.constexpr(NUMBERS["soft_cross_entropy"])
-JSD = tl.constexpr(NUMBERS["jsd"])
-SKEW_KL = tl.constexpr(NUMBERS["skew_kl"])
-SKEW_REVERSE_KL = tl.constexpr(NUMBERS["skew_reverse_kl"])
-SKEW_REVERSE_KL_DETACHED = tl.constexpr(NUMBERS["skew_reverse_kl_detached"])
-TOTAL_VARIATION = tl.constexpr(NUMBERS["total_variation"])
-ALPHA_BETA = tl.constexpr(NUMBERS["alpha_beta"])
-RENYI = tl.constexpr(NUMBERS["renyi"])
-SAMPLED = tl.constexpr(NUMBERS["sampled"])
-TOP_BUCKET = tl.constexpr(NUMBERS["top_bucket"])
-TOP_RENORMALIZE = tl.constexpr(NUMBERS["top_renormalize"])
-TOP_ZERO = tl.constexpr(NUMBERS["top_zero"])
 SUPPORT = 5
 """Numbers that describe the support of a row and form, see ``distily.kernels.targets.supports``."""
 
 
 @triton.jit
-def _form(FORM: tl.constexpr, p, q, s, t, log_s, log_t):
-    """``(f, φ)`` of a form at a token; logarithms to base 2 in, nats out. ``p``, ``q``: its parameters."""
-    if FORM == FORWARD_KL:
-        return tl.where(t > 0, t * (log_t - log_s), 0.0) * LN_2, -t
-    if FORM == SOFT_CROSS_ENTROPY:
-        return tl.where(t > 0, -t * log_s, 0.0) * LN_2, -t
-    if FORM == REVERSE_KL:
-        value = tl.where(s > 0, s * (log_s - log_t), 0.0) * LN_2
-        return value, value
-    if FORM == JSD:
-        log_m = tl.log2(p * t + (1.0 - p) * s)
-        from_s = tl.where(s > 0, s * (log_s - log_m), 0.0) * (LN_2 * (1.0 - p))
-        return tl.where(t > 0, t * (log_t - log_m), 0.0) * (LN_2 * p) + from_s, from_s
-    if FORM == SKEW_KL:
-        m = p * t + (1.0 - p) * s
-        return tl.where(t > 0, t * (log_t - tl.log2(m)), 0.0) * LN_2, tl.where(t > 0, -(1.0 - p) * s * t / m, 0.0)
-    if FORM == SKEW_REVERSE_KL or FORM == SKEW_REVERSE_KL_DETACHED:
-        m = (1.0 - p) * t + p * s
-        value = tl.where(s > 0, s * (log_s - tl.log2(m)), 0.0) * LN_2
-        if FORM == SKEW_REVERSE_KL_DETACHED:
-            return value, value
-        return value, value - tl.where(s > 0, p * s * s / m, 0.0)
-    if FORM == TOTAL_VARIATION:
-        return 0.5 * tl.abs(t - s), 0.5 * (tl.where(s > t, s, 0.0) - tl.where(s < t, s, 0.0))
-    if FORM == ALPHA_BETA:
-        both = tl.exp2(p * log_t + q * log_s)
-        own = tl.exp2((p + q) * log_s)
-        value = (p * tl.exp2((p + q) * log_t) + q * own - (p + q) * both) / (p * q * (p + q))
-        return value, (own - both) / p
-    power = tl.exp2(p * log_t + (1.0 - p) * log_s)
-    return power, -power
+def _log(pointer, at, width, inverse, log_mass):
+    """Stored logits and their log-probabilities to base 2, which are finite: where there is no mass, very low."""
+    raw = tl.load(pointer + at, mask=at < width, other=-float("inf")).to(tl.float32)
+    return raw, tl.maximum(raw * inverse - log_mass, LOWEST)
 
 
 @triton.jit
-def _read(pointer, at, vocabulary, width):
-    """Stored logits in float32, -inf beyond the vocabulary."""
-    stored = tl.load(pointer + at, mask=at < width, other=0.0).to(tl.float32)
-    return tl.where(at < vocabulary, stored, -float("inf"))
+def _within(values):
+    """Sums within each thread, which holds eight numbers that lie together: ``(BLOCK,) -> (BLOCK / 8,)``."""
+    return tl.sum(tl.reshape(values, (values.shape[0] // 8, 8)), 1)
 
 
 @triton.jit
@@ -96,54 +64,62 @@ def log_mass(parts_ptr, blocks, inverse, place, PARTS: tl.constexpr, SLOTS: tl.c
 
 @triton.jit
 def _late_sums(
-    student, teacher, vocabulary, width, teacher_width, inverse, log_mass_s, log_mass_t, p, q,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
+    student, teacher, coefficients_ptr, parameters_ptr, width, teacher_width, inverse, log_mass_s, log_mass_t,
+    FORMS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Σ f and Σ φ of a late form over a row."""
-    value = tl.zeros((BLOCK,), tl.float32)
-    slope = tl.zeros((BLOCK,), tl.float32)
+    """One sweep over a row: Σ f of every late form (others 0), and Σ over them of coefficient · Σφ, without that of ``renyi``."""
+    nothing = tl.zeros((BLOCK // 8,), tl.float32)
+    slopes, sums = nothing, ()
+    for place in tl.static_range(COUNT):  # noqa: B007
+        sums = sums + (nothing,)  # noqa: RUF005
     blocks = tl.cdiv(width, BLOCK)
     for step in range(blocks):
-        at = (blocks - 1 - step if BACKWARD else step) * BLOCK + tl.arange(0, BLOCK)
-        log_s = _read(student, at, vocabulary, width) * inverse - log_mass_s
-        log_t = _read(teacher, at, vocabulary, teacher_width) * inverse - log_mass_t
-        f, phi = _form(FORM, p, q, tl.exp2(log_s), tl.exp2(log_t), log_s, log_t)
-        value += f
-        slope += phi
-    return tl.sum(value, 0), tl.sum(slope, 0)
+        at = (blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)  # from the end: the next sweep finds the beginning in the cache
+        _, log_s = _log(student, at, width, inverse, log_mass_s)
+        _, log_t = _log(teacher, at, teacher_width, inverse, log_mass_t)
+        s, t = tl.exp2(log_s), tl.exp2(log_t)
+        moved = ()
+        for place in tl.static_range(COUNT):
+            total = sums[place]
+            if FORMS[place] > SOFT_CROSS_ENTROPY and FORMS[place] < SAMPLED:
+                p, q = tl.load(parameters_ptr + 2 * place), tl.load(parameters_ptr + 2 * place + 1)
+                f, phi = form_at(FORMS[place], p, q, s, t, log_s, log_t)
+                total += _within(f)
+                if FORMS[place] != RENYI:
+                    slopes += (tl.load(coefficients_ptr + place) * unit_of(FORMS[place])[1]) * _within(phi)
+            moved = moved + (total,)  # noqa: RUF005
+        sums = moved
+    return sums, tl.sum(slopes, 0)
 
 
 @triton.jit
 def _slopes(
-    student, teacher, values_ptr, coefficients_ptr, parameters_ptr, vocabulary, width, teacher_width, values_width, inverse,
-    log_mass_s, log_mass_t, FORMS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WARM: tl.constexpr,
+    student, teacher, values_ptr, coefficients_ptr, parameters_ptr, width, teacher_width, values_width, inverse, log_mass_s, log_mass_t,
+    FORMS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WARM: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Σ over the forms of coefficient · Σφ, and Σ t^α s^(1−α) where a form needs it; values of the late forms are stored."""
     slopes, power = 0.0, 1.0
+    if LATE:
+        sums, slopes = _late_sums(
+            student, teacher, coefficients_ptr, parameters_ptr, width, teacher_width, inverse, log_mass_s, log_mass_t, FORMS, COUNT, BLOCK,
+        )  # fmt: skip
     for place in tl.static_range(COUNT):
-        coefficient = tl.load(coefficients_ptr + place)
-        if FORMS[place] == FORWARD_KL or FORMS[place] == SOFT_CROSS_ENTROPY or FORMS[place] == SAMPLED:
-            slopes -= coefficient
-        elif FORMS[place] == CROSS_ENTROPY:
-            slopes -= 0.0 if WARM else coefficient
-        elif FORMS[place] < SAMPLED:
-            p, q = tl.load(parameters_ptr + 2 * place), tl.load(parameters_ptr + 2 * place + 1)
-            value, slope = _late_sums(
-                student, teacher, vocabulary, width, teacher_width, inverse, log_mass_s, log_mass_t, p, q,
-                FORMS[place], BLOCK, place % 2 == 0,
-            )  # fmt: skip
+        if FORMS[place] > SOFT_CROSS_ENTROPY and FORMS[place] < SAMPLED:
+            value = tl.sum(sums[place], 0) * unit_of(FORMS[place])[0]
             if FORMS[place] == RENYI:
-                power, slope = value, slope / value
-                value = tl.log2(value) * LN_2 / (p - 1.0)
-            tl.store(values_ptr + place * values_width, value)
-            slopes += coefficient * slope
+                power = value
+                value = tl.log2(value) * LN_2 / (tl.load(parameters_ptr + 2 * place) - 1.0)
+                slopes -= tl.load(coefficients_ptr + place)  # Σφ ÷ power
+            tl.store(values_ptr + place * values_width, tl.where(value > HUGE, float("inf"), value))
+        elif FORMS[place] <= SAMPLED and not (FORMS[place] == CROSS_ENTROPY and WARM):
+            slopes -= tl.load(coefficients_ptr + place)
     return slopes, power
 
 
 @triton.jit
 def _gradient(
-    raw, raw_t, s, t, log_s, log_t, at, gradient, coefficients_ptr, parameters_ptr, support_ptr, supports_step, scale, cap,
-    log_mass_hard, label, reference, slopes, power,
+    raw, raw_t, s, t, log_s, log_t, at, gradient, coefficients_ptr, parameters_ptr, support_ptr, supports_step, cap, log_mass_hard,
+    label, reference, slopes, power,
     FORMS: tl.constexpr, COUNT: tl.constexpr, WARM: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """The gradient at the head's output for the tokens ``at``; ``gradient``: what is to be added at their logits besides."""
@@ -161,51 +137,49 @@ def _gradient(
             gradient += tl.where(inside, tl.load(support + 2) * s - tl.load(support + 3) * t, tl.load(support + 4) * s)
         elif FORMS[place] != SAMPLED:
             p, q = tl.load(parameters_ptr + 2 * place), tl.load(parameters_ptr + 2 * place + 1)
-            _, phi = _form(FORMS[place], p, q, s, t, log_s, log_t)
-            gradient += (coefficient / power if FORMS[place] == RENYI else coefficient) * phi
+            _, phi = form_at(FORMS[place], p, q, s, t, log_s, log_t)
+            unit = unit_of(FORMS[place])[1] / power if FORMS[place] == RENYI else unit_of(FORMS[place])[1]
+            gradient += (coefficient * unit) * phi
     if HAS_CAP:
         capped = (raw + reference) / cap
-        gradient *= 1.0 - capped * capped
-    return gradient * scale
+        gradient *= tl.where(raw > -float("inf"), 1.0 - capped * capped, 0.0)
+    return gradient
 
 
 @triton.jit
 def _sweep(
-    student, teacher, gradient_ptr, coefficients_ptr, parameters_ptr, support_ptr, supports_step, vocabulary, width, teacher_width,
-    inverse, scale, cap, log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
+    student, teacher, gradient_ptr, coefficients_ptr, parameters_ptr, support_ptr, supports_step, width, teacher_width, inverse, cap,
+    log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
     FORMS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, HAS_TEACHER: tl.constexpr, FORWARD: tl.constexpr,
     SOFT: tl.constexpr, WARM: tl.constexpr, HAS_CAP: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of a row; gives the values of ``forward_kl`` and ``soft_cross_entropy``, where they are wanted."""
-    forward = tl.zeros((BLOCK,), tl.float32)
-    soft = tl.zeros((BLOCK,), tl.float32)
+    forward = tl.zeros((BLOCK // 8,), tl.float32)
+    soft = forward
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        raw = _read(student, at, vocabulary, width)
-        log_s = raw * inverse - log_mass_s
+        raw, log_s = _log(student, at, width, inverse, log_mass_s)
         s, t, log_t, raw_t = tl.exp2(log_s), log_s, log_s, raw
         if HAS_TEACHER:
-            raw_t = _read(teacher, at, vocabulary, teacher_width)
-            log_t = raw_t * inverse - log_mass_t
+            raw_t, log_t = _log(teacher, at, teacher_width, inverse, log_mass_t)
             t = tl.exp2(log_t)
         if FORWARD:
-            forward += _form(FORWARD_KL, 0.0, 0.0, s, t, log_s, log_t)[0]
+            forward += _within(form_at(FORWARD_KL, 0.0, 0.0, s, t, log_s, log_t)[0])
         if SOFT:
-            soft += _form(SOFT_CROSS_ENTROPY, 0.0, 0.0, s, t, log_s, log_t)[0]
+            soft += _within(form_at(SOFT_CROSS_ENTROPY, 0.0, 0.0, s, t, log_s, log_t)[0])
         if GRADIENT:
             gradient = _gradient(
-                raw, raw_t, s, t, log_s, log_t, at, 0.0, coefficients_ptr, parameters_ptr, support_ptr, supports_step, scale, cap,
+                raw, raw_t, s, t, log_s, log_t, at, 0.0, coefficients_ptr, parameters_ptr, support_ptr, supports_step, cap,
                 log_mass_hard, label, reference, slopes, power, FORMS, COUNT, WARM, HAS_CAP,
             )  # fmt: skip
-            gradient = tl.where(at < vocabulary, gradient, 0.0)
             tl.store(gradient_ptr + at, gradient.to(gradient_ptr.dtype.element_ty), mask=at < width)
-    return tl.sum(forward, 0) if FORWARD else 0.0, tl.sum(soft, 0) if SOFT else 0.0
+    return tl.sum(forward, 0) * LN_2, tl.sum(soft, 0) * LN_2
 
 
 @triton.jit
 def _at_drawn(
     drawn_ptr, at_drawn_ptr, draws, teacher, gradient_ptr, coefficients_ptr, parameters_ptr, support_ptr, supports_step, inverse,
-    scale, cap, log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
+    cap, log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
     FORMS: tl.constexpr, COUNT: tl.constexpr, DRAWS: tl.constexpr, WARM: tl.constexpr, HAS_CAP: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient at drawn tokens anew, with what the draws add; gives the value of ``sampled``."""
@@ -222,7 +196,7 @@ def _at_drawn(
                 pull *= -tl.load(coefficients_ptr + place) / draws
         gradient = _gradient(
             raw, raw_t, tl.exp2(log_s), tl.exp2(log_t), log_s, log_t, drawn, pull, coefficients_ptr, parameters_ptr, support_ptr,
-            supports_step, scale, cap, log_mass_hard, label, reference, slopes, power, FORMS, COUNT, WARM, HAS_CAP,
+            supports_step, cap, log_mass_hard, label, reference, slopes, power, FORMS, COUNT, WARM, HAS_CAP,
         )  # fmt: skip
         tl.debug_barrier()  # the sweep wrote there
         tl.store(gradient_ptr + drawn, gradient.to(gradient_ptr.dtype.element_ty), mask=drawn >= 0)
@@ -232,11 +206,11 @@ def _at_drawn(
 @triton.jit
 def _rows(
     student_ptr, teacher_ptr, gradient_ptr, labels_ptr, reference_ptr, student_parts_ptr, teacher_parts_ptr, values_ptr,
-    coefficients_ptr, parameters_ptr, supports_ptr, drawn_ptr, at_drawn_ptr, rows, vocabulary, width, teacher_width, values_width,
-    supports_step, draws, student_blocks, teacher_blocks, inverse, scale, cap,
+    coefficients_ptr, parameters_ptr, supports_ptr, drawn_ptr, at_drawn_ptr, rows, width, teacher_width, values_width, supports_step, draws,
+    student_blocks, teacher_blocks, inverse, cap,
     FORMS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr,
     STUDENT_PARTS: tl.constexpr, TEACHER_PARTS: tl.constexpr, SUPPORT: tl.constexpr, DRAWS: tl.constexpr, FORWARD: tl.constexpr,
-    SOFT: tl.constexpr, HARD: tl.constexpr, WARM: tl.constexpr, HAS_CAP: tl.constexpr, GRADIENT: tl.constexpr,
+    SOFT: tl.constexpr, HARD: tl.constexpr, WARM: tl.constexpr, LATE: tl.constexpr, HAS_CAP: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     wide, teacher_wide = width.to(tl.int64), teacher_width.to(tl.int64)
     for row in tl.range(tl.program_id(0), rows, PROGRAMS):
@@ -258,25 +232,25 @@ def _rows(
             tl.debug_barrier()  # it is read before it is overwritten
         reference = tl.load(reference_ptr + row) if HAS_CAP else 0.0
         slopes, power = _slopes(
-            student, teacher, values, coefficients_ptr, parameters_ptr, vocabulary, width, teacher_width, values_width, inverse,
-            log_mass_s, log_mass_t, FORMS, COUNT, BLOCK, WARM,
+            student, teacher, values, coefficients_ptr, parameters_ptr, width, teacher_width, values_width, inverse, log_mass_s, log_mass_t,
+            FORMS, COUNT, BLOCK, WARM, LATE,
         )  # fmt: skip
         forward, soft = _sweep(
-            student, teacher, gradient, coefficients_ptr, parameters_ptr, support, supports_step, vocabulary, width, teacher_width,
-            inverse, scale, cap, log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
+            student, teacher, gradient, coefficients_ptr, parameters_ptr, support, supports_step, width, teacher_width,
+            inverse, cap, log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
             FORMS, COUNT, BLOCK, TEACHER_PARTS != 0, FORWARD, SOFT, WARM, HAS_CAP, GRADIENT,
         )  # fmt: skip
         if DRAWS:
             sampled = _at_drawn(
                 drawn_ptr + row * draws, at_drawn_ptr + row * draws, draws, teacher, gradient, coefficients_ptr, parameters_ptr, support,
-                supports_step, inverse, scale, cap, log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
+                supports_step, inverse, cap, log_mass_s, log_mass_t, log_mass_hard, label, reference, slopes, power,
                 FORMS, COUNT, DRAWS, WARM, HAS_CAP, GRADIENT,
             )  # fmt: skip
         for place in tl.static_range(COUNT):
             if FORMS[place] == FORWARD_KL:
-                tl.store(values + place * values_width, forward)
+                tl.store(values + place * values_width, tl.where(forward > HUGE, float("inf"), forward))
             elif FORMS[place] == SOFT_CROSS_ENTROPY:
-                tl.store(values + place * values_width, soft)
+                tl.store(values + place * values_width, tl.where(soft > HUGE, float("inf"), soft))
             elif FORMS[place] == SAMPLED:
                 tl.store(values + place * values_width, sampled)
 
@@ -295,19 +269,17 @@ def rows_pass(
     values: Tensor,
     *,
     temperature: float,
-    scale: float = 1.0,
     cap: float | None = None,
-    vocabulary: int,
     supports: Tensor | None = None,
     drawn: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Values of every form and row to ``values`` (F, n), in nats; Σ coefficient · gradient at the head's output to ``gradient``.
 
-    ``student`` and ``teacher`` (n, W): logits up to an offset in each row, in any floating dtype, with the ``parts`` that
-    ``relative_logits`` gives, ``hard`` where ``cross_entropy`` stands beside a temperature; ``gradient`` (n, W) may lie over ``student``,
-    and is 0 beyond V. ``coefficients`` (F,) and ``parameters`` (F, 2) in float32; the temperature divides all logits but those of
-    ``cross_entropy``; coefficients of the others include 1/T. ``reference`` (n,): what was taken off ``student``, for soft-capping alone.
-    ``scale`` and ``cap``: what the student's class does to the head's output. ``forms``: names, at most one ``renyi`` and one ``sampled``.
+    ``student`` and ``teacher`` (n, W): logits up to an offset in each row, in any floating dtype and -inf beyond V, with the ``parts``
+    that ``relative_logits`` gives, ``hard`` where ``cross_entropy`` stands beside a temperature; ``gradient`` (n, W) may lie over
+    ``student``, and is 0 beyond V. ``coefficients`` (F,) and ``parameters`` (F, 2) in float32; the temperature divides all logits but
+    those of ``cross_entropy``; coefficients of the others include 1/T, and all of them the scale of the student's class. ``reference``
+    (n,): what was taken off ``student``, for soft-capping at ``cap`` alone. ``forms``: names, at most one ``renyi`` and one ``sampled``.
     The ``top`` forms need the ``supports`` (F, n, 5) of ``distily.kernels.targets``, which has their values; ``sampled`` the tokens and
     logits ``drawn`` there, (n, draws) each.
     """
@@ -319,11 +291,13 @@ def rows_pass(
         student, student if teacher is None else teacher, student if gradient is None else gradient, labels, reference,
         student_parts, student_parts if teacher_parts is None else teacher_parts, values, coefficients, parameters,
         values if supports is None else supports, *(drawn or (labels, values)),
-        len(student), vocabulary, student.stride(0), (student if teacher is None else teacher).stride(0), values.stride(0),
-        0 if supports is None else supports.stride(0), draws, *blocks, LOG2_E.value / temperature, scale, cap or 1.0,
+        len(student), student.stride(0), (student if teacher is None else teacher).stride(0), values.stride(0),
+        0 if supports is None else supports.stride(0), draws, *blocks, LOG2_E.value / temperature, cap or 1.0,
         FORMS=numbers, COUNT=len(numbers), BLOCK=BLOCK, PROGRAMS=programs, SLOTS=triton.next_power_of_2(max(blocks)),
         STUDENT_PARTS=student_parts.shape[2], TEACHER_PARTS=0 if teacher_parts is None else teacher_parts.shape[2],
         SUPPORT=SUPPORT, DRAWS=triton.next_power_of_2(draws), FORWARD="forward_kl" in forms, SOFT="soft_cross_entropy" in forms,
-        HARD="cross_entropy" in forms, WARM=temperature != 1.0, HAS_CAP=cap is not None, GRADIENT=gradient is not None,
+        HARD="cross_entropy" in forms, WARM=temperature != 1.0,
+        LATE=any(SOFT_CROSS_ENTROPY.value < number < SAMPLED.value for number in numbers),
+        HAS_CAP=cap is not None, GRADIENT=gradient is not None,
         num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from distily.forms import Form
+from distily.kernels.forms import LN_2, NUMBERS, TOP_BUCKET, TOP_RENORMALIZE, TOP_ZERO
 from distily.kernels.products import BLOCK_VOCABULARY, LOG2_E
-from distily.kernels.rows import LN_2, NUMBERS, SUPPORT, TOP_BUCKET, TOP_RENORMALIZE, TOP_ZERO, log_mass
+from distily.kernels.rows import SUPPORT, log_mass
 
 GROUP, WARPS = 8, 8
 """Blocks, or draws, that a program holds at a time, and its warps."""
@@ -248,7 +249,7 @@ def supports(
     """What the pass needs to know of S for each row and ``top`` form: ``(F, n, 5)``. The forms' values go to ``values`` (F, n), in nats.
 
     The lowest logit in S and the last token that has it; then, times the form's entry in ``coefficients`` (F,), the factors of s and t in S
-    and of s outside, whose difference is the gradient. Logits and parts are those of ``rows_pass``; the parts are of blocks of 256 tokens.
+    and of s outside, whose difference is the gradient. Logits and parts are those of ``rows_pass``; the parts are of blocks of 128 tokens.
     """
     count, blocks = student_parts.shape[:2]
     result = torch.empty((len(forms), count, SUPPORT), dtype=torch.float32, device=student.device)

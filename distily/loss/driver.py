@@ -52,7 +52,7 @@ class Driver:
     ``vocabulary`` is the tokenizer's real size; padding rows of either head take no part. ``chunk_rows`` bounds the logits that
     exist at a time. ``term_gradients`` also records every logit term's gradient at the last hidden states. ``combination``: the
     combiner of the run; without one the weighted sum is differentiated as it is. ``kernels``: on a GPU, let the fused kernels compute the
-    terms that they know. ``path``: in words, how the last step on a GPU computed its token terms, and why.
+    terms that they know.
     """
 
     def __init__(
@@ -71,14 +71,17 @@ class Driver:
         self.teacher = teacher
         self.vocabulary = vocabulary
         self.chunk_rows = chunk_rows or default_chunk_rows(vocabulary)
-        self.block_rows = chunk_rows
-        self.kernels = kernels
-        self.path: str | None = None
-        self.seed = seed
-        self.term_gradients = term_gradients
-        self.combination = combination
+        self.block_rows, self.kernels = chunk_rows, kernels
+        self._path: str | None = None
+        self.seed, self.term_gradients, self.combination = seed, term_gradients, combination
         self.head: OutputHead | None = None
         self._waiting: list[FeatureGradients] = []
+
+    @property
+    def path(self) -> str | None:
+        """In words, how the last step on a GPU computed its token terms, and why."""
+        refused = [f"; {term.key} is not compiled: {term.refused}" for term in self.terms if term.refused]
+        return self._path and self._path + "".join(refused)
 
     @property
     def meetings(self) -> dict[str, Meeting]:
@@ -233,9 +236,9 @@ class Driver:
         if self.kernels:
             fused = fuse(token, self.head, rows, dtype, apart=self.term_gradients or bool(self.meetings))
         if isinstance(fused, str):
-            self.path = f"plain PyTorch, a chunk of logits at a time: {fused}"
+            self._path = f"plain PyTorch, a chunk of logits at a time: {fused}"
             return None
-        self.path = "fused kernels"
+        self._path = "fused kernels"
         return fused
 
     def _pieces(self, terms: Sequence[Term], step: Step) -> list[Piece]:

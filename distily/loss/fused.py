@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from distily.forms import Form
+from distily.loss.blocks import Blocks, cut, width_of
 from distily.loss.gradients import Gradients
 from distily.loss.heads import OutputHead
 from distily.loss.terms import Term
@@ -24,11 +25,6 @@ from distily.objectives import uniform
 from distily.products import Product, unsuited
 
 MOST_FORMS, MOST_DRAWS = 8, 128
-MOST_BYTES, LEAST_BYTES = 2200 * 2**20, 256 * 2**20
-"""What the buffers and the head's gradient may take together, if a quarter of the free memory is not less; and what buffers get."""
-PARTS = range(512, 1281, 128)
-"""Rows of the teacher's logits at a time. The student's are a block of many parts, since the head's gradient likes many rows."""
-WIDTH_MULTIPLE, ROW_MULTIPLE = 128, 128
 
 
 @dataclass(frozen=True)
@@ -108,18 +104,20 @@ def fused_rows(
 
     hidden, weight, labels = student.hidden, student.weight, inputs["labels"]
     count, vocabulary = len(hidden), len(weight)
-    rows = block_rows or rows_of_a_block(count, weight)
     numbers = uniform(inputs["row_seeds"], fused.draws) if fused.draws else None
-    logits = _Logits(student, teacher, labels, rows, fused)
-    factors, coefficients = _coefficients(fused, weights, items)
+    product = _product_of(teacher, count)
+    own = weight.dtype if gradients is None else gradients.head_dtype
+    blocks = cut(count, weight, None if product is None else product.hidden.shape[1], own, block_rows)
+    logits = _Logits(student, teacher, product, labels, blocks, fused)
+    factors, coefficients = _coefficients(fused, weights, items, student.scale)
     parameters = torch.tensor([(*form.parameters, 0.0, 0.0)[:2] for form in fused.forms], dtype=torch.float32)
     parameters = parameters.to(hidden.device, non_blocking=True)
     values = torch.empty((len(fused.forms), count), dtype=torch.float32, device=hidden.device)
-    for start in range(0, count, rows):
-        stop = min(start + rows, count)
+    for start in range(0, count, blocks.rows):
+        stop = min(start + blocks.rows, count)
         block, block_sums = logits.of_student(slice(start, stop))
-        for first in range(start, stop, logits.part):
-            at = slice(first, min(first + logits.part, stop))
+        for first in range(start, stop, blocks.part):
+            at = slice(first, min(first + blocks.part, stop))
             mine, my_sums = (each[at.start - start : at.stop - start] for each in (block, block_sums))
             theirs, their_sums = logits.of_teacher(at)
             pair = (mine, theirs, my_sums, their_sums)
@@ -127,11 +125,12 @@ def fused_rows(
             rows_pass(
                 mine, theirs, None if gradients is None else mine.view(hidden.dtype), my_sums, their_sums, fused.names,
                 coefficients, parameters, labels[at], logits.reference[at], values[:, at],
-                temperature=fused.temperature, scale=student.scale, cap=student.softcap, vocabulary=vocabulary, **targets,
+                temperature=fused.temperature, cap=student.softcap, **targets,
             )  # fmt: skip
         if gradients is not None:
-            only = gradients.once and count <= rows
-            gradients.add(slice(start, stop), logits.gradient(stop - start), hidden[start:stop], weight, only=only)
+            gradients.add(
+                slice(start, stop), logits.gradient(stop - start), hidden[start:stop], weight, few=gradients.once and blocks.few
+            )
     sums = values.sum(1) * factors
     owners = torch.tensor(fused.owners).to(hidden.device, non_blocking=True)
     return sums.new_zeros(len(fused.terms)).index_add(0, owners, sums)
@@ -153,23 +152,28 @@ def _targets(
     return result
 
 
+def _product_of(source: Any, count: int) -> Product | None:
+    """The product behind a logit source, all its rows; None where it has none that the kernels can form."""
+    product: Product | None = None if source is None else source.product(slice(0, count))
+    return None if product is None or product.unsuited() is not None else product
+
+
 class _Logits:
     """The buffers of a block: all of the student's rows, and a part of the teacher's; both counted from the label's logit."""
 
-    def __init__(self, student: Product, teacher: Any, labels: Tensor, rows: int, fused: FusedTerms) -> None:
+    def __init__(
+        self, student: Product, source: Any, teacher: Product | None, labels: Tensor, blocks: Blocks, fused: FusedTerms
+    ) -> None:
         from distily.kernels.products import label_logits
 
-        self.student, self.source = student, teacher
+        self.student, self.source, self.teacher = student, source, teacher
         self.temperature = fused.temperature
         self.hard = self.temperature != 1.0 and "cross_entropy" in fused.names
-        self.part = rows_of_a_part(rows, len(student.weight), labels.device)
-        product = None if teacher is None else teacher.product(slice(0, len(labels)))
-        self.teacher = None if product is None or product.unsuited() is not None else product
         self.reference = label_logits(student, labels)
-        self._teacher_reference = self.reference if self.teacher is None else label_logits(self.teacher, labels)
-        width = math.ceil(len(student.weight) / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        self._student = torch.empty((rows, width), dtype=torch.float16, device=labels.device)
-        self._teacher = self._student.new_empty((0 if self.teacher is None else self.part, width))
+        self._teacher_reference = self.reference if teacher is None else label_logits(teacher, labels)
+        width = width_of(len(student.weight))
+        self._student = torch.empty((blocks.rows, width), dtype=torch.float16, device=labels.device)
+        self._teacher = self._student.new_empty((0 if teacher is None else blocks.part, width))
 
     def of_student(self, at: slice) -> tuple[Tensor, Tensor]:
         """Logits of a block's rows, and the parts of their sums."""
@@ -204,36 +208,15 @@ def _sums(logits: Tensor, temperature: float) -> Tensor:
     return torch.stack([top, (blocks - top[..., None]).div_(temperature).exp_().sum(-1)], -1)
 
 
-def _coefficients(fused: FusedTerms, weights: Mapping[str, Any], items: Tensor) -> tuple[Tensor, Tensor]:
-    """What a form's value is multiplied by, and what its gradient is: ``(F,)`` each, on the device and without waiting for it."""
+def _coefficients(fused: FusedTerms, weights: Mapping[str, Any], items: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What a form's value is multiplied by, and its gradient with the ``scale`` of the student's logits: ``(F,)`` each, on the device and
+    without waiting for it.
+    """
     factors = torch.ones(len(fused.forms), dtype=torch.float32, device=items.device)
     coefficients = torch.empty_like(factors)
     for place, (form, owner) in enumerate(zip(fused.forms, fused.owners, strict=True)):
         term = fused.terms[owner]
         factors[place].mul_(form.factor).mul_(term.factor)
         own = 1.0 if form.name == "cross_entropy" else fused.temperature
-        torch.mul(factors[place], weights[term.key], out=coefficients[place]).div_(own)
+        torch.mul(factors[place], weights[term.key], out=coefficients[place]).mul_(scale / own)
     return factors.div_(items), coefficients.div_(items)
-
-
-def rows_of_a_block(count: int, weight: Tensor) -> int:
-    """Rows whose logits exist at a time: ``count`` in equal parts, as large as memory allows beside the gradient of ``weight`` (V, H)."""
-    allowed = MOST_BYTES
-    if weight.is_cuda:
-        cached = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
-        allowed = min(allowed, (torch.cuda.mem_get_info(weight.device)[0] + cached) // 4)
-    allowed = max(LEAST_BYTES, allowed - 4 * weight.numel())
-    most = max(ROW_MULTIPLE, allowed // (2 * len(weight)) - PARTS[1])
-    blocks = math.ceil(max(1, count) / most)
-    return math.ceil(max(1, count) / blocks / ROW_MULTIPLE) * ROW_MULTIPLE
-
-
-def rows_of_a_part(rows: int, vocabulary: int, device: torch.device) -> int:
-    """Into how many rows a block is best cut for the teacher: so that a product leaves few processors idle at its end."""
-    from distily.kernels.products import waves
-
-    def cost(part: int) -> tuple[int, int]:
-        whole, rest = divmod(rows, part)
-        return whole * waves(part, vocabulary, device) + waves(rest, vocabulary, device), part
-
-    return min((part for part in PARTS if part <= rows), key=cost, default=rows)

@@ -35,16 +35,24 @@ class Gradients:
         self.bias = None if bias is None else _zeros(bias)
         self.learned = [None if value is None else _zeros(value) for value in learned]
 
+    @property
+    def head_dtype(self) -> torch.dtype:
+        """What the head's gradient is wanted in."""
+        dtype = self.dtypes[1]
+        assert dtype is not None
+        return dtype
+
     def add(
-        self, at: slice | Tensor, at_logits: Tensor, hidden: Tensor, weight: Tensor, with_rows: bool = True, only: bool = False
+        self, at: slice | Tensor, at_logits: Tensor, hidden: Tensor, weight: Tensor, with_rows: bool = True, few: bool = False
     ) -> None:
         """From the gradient at logits ``(n, V)`` of rows ``at``: that of their ``hidden`` (n, H), of ``weight`` (V, H) and the bias.
 
-        ``at_logits`` may be wider than V, with zeros. ``only``: nothing else is added to the head's, so that it needs no wider dtype.
+        ``at_logits`` may be wider than V, with zeros. ``few``: the head's comes in few pieces, whose sum needs no wider
+        dtype, as that of micro-batches has none.
         """
         at_logits, at_padded = at_logits[:, : len(weight)], at_logits if self.padding else at_logits[:, : len(weight)]
         if self._head is not None:
-            self._add_weight(self._head, at_padded, hidden, only)
+            self._add_weight(self._head, at_padded, hidden, few)
         if self.rows is not None and with_rows:
             self._add_rows(at, at_logits, weight)
         if self.bias is not None:
@@ -62,14 +70,12 @@ class Gradients:
             if total is not None:
                 total += own
 
-    def _add_weight(self, head: Tensor, at_logits: Tensor, hidden: Tensor, only: bool) -> None:
+    def _add_weight(self, head: Tensor, at_logits: Tensor, hidden: Tensor, few: bool) -> None:
         """The product goes into the sum in float32, without a copy of the head in between where the device can do that."""
         width, transposed = at_logits.shape[1], at_logits.T
         first = self.weight is None
         if self.weight is None:
-            self.weight = head.new_empty(
-                (len(head) + self.padding, head.shape[1]), dtype=head.dtype if only else wide(head.dtype)
-            )
+            self.weight = head.new_empty((len(head) + self.padding, head.shape[1]), dtype=head.dtype if few else wide(head.dtype))
             self.weight[width:].zero_()  # what no product reaches: the padding of the vocabulary
         total = self.weight[:width]
         wider: dict[str, Any] = {} if at_logits.dtype == total.dtype or not at_logits.is_cuda else {"out_dtype": total.dtype}

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from distily.compilation import Compiled
 from distily.errors import DistilyError
 from distily.forms import Form
 from distily.layers import LayerPair
@@ -107,7 +108,12 @@ class Term(nn.Module):
 
         A GPU then reads a chunk of logits a few times, not once an operation. Objectives with state stay as they are.
         """
-        self._calls = [each if isinstance(each, nn.Module) else _compiled(each) for each in self.objectives]
+        self._calls = [each if isinstance(each, nn.Module) else Compiled(_call_of(each)) for each in self.objectives]
+
+    @property
+    def refused(self) -> str | None:
+        """Why a function of it is not compiled though it was to be, in the compiler's words."""
+        return next((call.refused for call in self._calls if isinstance(call, Compiled) and call.refused), None)
 
     def forms(self) -> Sequence[Form]:
         """The objective as a sum of forms for the fused kernels; empty where it is none, or does not read a chunk of logits."""
@@ -166,11 +172,13 @@ class Term(nn.Module):
         return [objective, *self.projectors[pair : pair + 1], *self.normalizers[pair : pair + 1]]
 
 
-def _compiled(objective: Any) -> Any:
+def _call_of(objective: Any) -> Any:
+    """The objective as one function, which the compiler names and guards better than one with bound options."""
+
     def call(student: Tensor, teacher: Tensor | None, **inputs: Any) -> Any:
         return objective(student, teacher, **inputs)
 
-    return torch.compile(call)
+    return call
 
 
 def build_terms(

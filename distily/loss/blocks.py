@@ -1,0 +1,78 @@
+"""How many rows of logits the kernels hold at a time: from shapes and free memory.
+
+Letters: N supervised tokens, H hidden width, V vocabulary, W the width of a row of the buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distily.products import wide
+
+MOST_BYTES, LEAST_BYTES = 1900 * 2**20, 256 * 2**20
+"""What the buffers and the head's gradient may take together, if a quarter of the free memory is not less; and what buffers get."""
+PART_BYTES = 320 * 2**20
+"""What a part may take: more of it would save nothing but launches."""
+FEW = 8
+"""Pieces that may add up in bfloat16: each rounds the sum, which leaves its error below 3.5e-3, where that of one piece is 2.4e-3."""
+WIDTH_MULTIPLE, ROW_MULTIPLE = 128, 256
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """``rows`` of the student's logits at a time, as the head's gradient likes many; ``part``: of the teacher's, a part of a block."""
+
+    rows: int
+    part: int
+    few: bool
+    """Whether the head's gradient comes in so few pieces that they may add up in its own dtype."""
+
+
+def width_of(vocabulary: int) -> int:
+    """W: V and the padding without which products would have odd sizes."""
+    return math.ceil(vocabulary / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
+def cut(count: int, weight: Tensor, teacher_width: int | None, dtype: torch.dtype, rows: int | None = None) -> Blocks:
+    """Blocks for N = ``count`` rows before a head ``weight`` (V, H) whose gradient is wanted in ``dtype``.
+
+    Equal ones, as large as memory allows beside that gradient; ``rows``: of that size instead. ``teacher_width``: of its hidden states,
+    if it has any.
+    """
+    row, available = 2 * width_of(len(weight)), _available(weight.device)
+    largest = max(ROW_MULTIPLE, PART_BYTES // row // ROW_MULTIPLE * ROW_MULTIPLE)
+    few, blocks = True, math.ceil(count / rows) if rows else 1
+    if rows is None:
+        for few in (True, False):
+            gradient = weight.numel() * (dtype if few else wide(dtype)).itemsize
+            most = max(LEAST_BYTES, available - gradient) // row - largest
+            blocks = math.ceil(count / max(ROW_MULTIPLE, most))
+            if blocks <= FEW:
+                break
+        rows = math.ceil(count / max(1, blocks) / ROW_MULTIPLE) * ROW_MULTIPLE
+    rows = max(1, min(rows, count))
+    part = rows if teacher_width is None else _part(rows, largest, teacher_width, weight)
+    return Blocks(rows, part, blocks <= FEW)
+
+
+def _available(device: torch.device) -> int:
+    if device.type != "cuda":
+        return MOST_BYTES
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(MOST_BYTES, (torch.cuda.mem_get_info(device)[0] + cached) // 4)
+
+
+def _part(rows: int, largest: int, width: int, weight: Tensor) -> int:
+    """The part of a block that leaves fewest processors idle at the ends of the teacher's products; of equals the largest."""
+    from distily.kernels.products import waves
+
+    def cost(part: int) -> tuple[int, int]:
+        whole, rest = divmod(rows, part)
+        return whole * waves(part, width, len(weight), weight.device) + waves(rest, width, len(weight), weight.device), -part
+
+    parts = range(min(2 * ROW_MULTIPLE, largest), largest + 1, ROW_MULTIPLE)
+    return min((part for part in parts if part <= rows), key=cost, default=rows)
