@@ -102,7 +102,7 @@ def walked(objective: str, plain: bool = False) -> Callable[[Problem], Loss]:
         head, teacher_head = OutputHead(Bare(problem.head)), OutputHead(Bare(problem.teacher_head))
         source = DenseLogits(teacher_head, problem.teacher, problem.vocabulary)
         items = torch.tensor(problem.tokens, device=problem.student.device)
-        step = default_chunk_rows(problem.vocabulary)
+        step = default_chunk_rows(problem.vocabulary, problem.student.device.type)
         fused = forms_of(list(terms.values())) if problem.student.is_cuda and not plain else None
         if isinstance(fused, str):
             raise RuntimeError(f"no kernel: {fused}")

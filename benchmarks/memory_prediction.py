@@ -33,7 +33,7 @@ from distily.teachers import LocalTeacher
 from distily.trainer import DistillationTrainer
 
 STEPS = 4
-PLUGINS = ("divergences", "features", "layer_mappers", "projectors")
+PLUGINS = ("divergences", "features", "labels", "layer_mappers", "normalizers", "projectors")
 PHASES = ("forward", "backward", "optimizer step")
 
 

@@ -133,7 +133,7 @@ class Runs:
         self.times["train"] += [1e3 * seconds / EVERY for seconds in intervals[1:]]
 
     def profile(self) -> dict[str, Any]:
-        """Host milliseconds a step: of ``PARTS``, of everything, and of the functions with the most of their own."""
+        """Host milliseconds a step: of ``PARTS``, and of the functions with the most of their own."""
         profiler = cProfile.Profile()
         kept = list(self.times["train"])
         profiler.enable()
@@ -142,11 +142,9 @@ class Runs:
         self.times["train"] = kept  # these were slowed down
         stats: dict[Any, Any] = pstats.Stats(profiler, stream=sys.stderr).stats  # type: ignore[attr-defined]
         found = {name: _cumulative(stats, *place) / self.steps for name, place in PARTS.items()}
-        inner = _cumulative(stats, "trainer.py", "_run_epoch") / self.steps
         own = sorted(stats.items(), key=lambda item: -item[1][2])[:12]
         return {
             "parts": found,
-            "everything": inner,
             "own": [(f"{Path(file).name}:{line} {name}", 1e3 * row[2] / self.steps) for (file, line, name), row in own],
         }
 
@@ -175,8 +173,7 @@ def host(profiled: dict[str, Any] | None) -> list[str]:
         return []
     lines = ["Host time in the training loop under cProfile, which slows Python down:", "", "| | host ms a step |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in profiled["parts"].items()]
-    rest = profiled["everything"] - sum(profiled["parts"].values())
-    lines += [f"| the rest of the loop | {rest:.2f} |", f"| all of it | {profiled['everything']:.2f} |", ""]
+    lines.append("")
     lines += ["Functions with the most host time of their own, the start of the training included:", ""]
     lines += ["| function | host ms a step |", "|---|---|"]
     return [*lines, *(f"| `{name}` | {value:.2f} |" for name, value in profiled["own"])]

@@ -47,7 +47,9 @@ class HeldOut:
                     for head, entry in zip(heads, models, strict=True)
                 ]
             tokens += supervision.index.numel()
-            for rows in torch.arange(supervision.index.numel(), device=device).split(default_chunk_rows(self.vocabulary)):
+            for rows in torch.arange(supervision.index.numel(), device=device).split(
+                default_chunk_rows(self.vocabulary, device.type)
+            ):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
                     logits: list[Tensor | None] = [
                         head.logits(states[rows], self.vocabulary) for head, states in zip(heads, hidden, strict=True)

@@ -33,8 +33,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from distily.batch import model_inputs
+from distily.loss.blocks import bytes_held
 from distily.loss.chunks import Piece
-from distily.loss.driver import Driver, local_teacher
+from distily.loss.driver import Driver, default_chunk_rows, local_teacher
+from distily.loss.fused import FusedTerms, fuse
 from distily.loss.meetings import combination
 from distily.loss.step import Step
 from distily.loss.terms import Builder, Term, build_terms
@@ -81,12 +83,13 @@ class MemoryPrediction:
 def predict_memory(
     *, student: Any, teacher: Any, objectives: Sequence[Component], builder: Builder, vocabulary: int, rows: int, length: int,
     arguments: Any, chunk_rows: int | None = None, mixed_precision: bool = False, padded: bool = True, packed: bool = False,
-    device_type: str = "cuda", seed: int = 0, combiner: Component | None = None,
+    device_type: str = "cuda", seed: int = 0, combiner: Component | None = None, kernels: bool = True,
 ) -> MemoryPrediction:  # fmt: skip
     """The peak of a training step with ``rows`` sequences of ``length`` tokens in each micro-batch.
 
     ``student`` and ``teacher`` may lie on the meta device, in the dtypes of the training; they stay as they are. ``arguments``
-    are the ``TrainingArguments``, ``builder`` the plugins. ``packed``: batches carry ``position_ids`` instead of a mask.
+    are the ``TrainingArguments``, ``builder`` the plugins. ``packed``: batches carry ``position_ids`` instead of a mask. ``kernels``:
+    whether a GPU computes the terms that the fused kernels know by them.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -107,8 +110,11 @@ def predict_memory(
             teacher = _without_data(teacher)
         with memory.phase("student"):
             student, terms = _without_data(student), _without_data(terms)
-        driver = _CountedDriver(terms, local_teacher(teacher, terms, vocabulary), vocabulary, chunk_rows, seed, combination=met)
-        driver.memory = memory
+        rows_at_a_time = chunk_rows or default_chunk_rows(vocabulary, device_type)
+        driver = _CountedDriver(
+            terms, local_teacher(teacher, terms, vocabulary), vocabulary, rows_at_a_time, seed, combination=met
+        )
+        driver.memory, driver.kernels, driver.given_rows = memory, kernels and on_gpu, chunk_rows
         driver.loss.to = lambda _: driver.loss  # type: ignore[method-assign, assignment]  # it is where the student is
         driver.attach(student)
         _simulate(driver, _batch(rows, length, packed), arguments, mixed_precision, on_gpu)
@@ -194,6 +200,19 @@ class _CountedDriver(Driver):
     """The driver, with its memory under its own name; of many equal chunks, each of which frees what it took, it walks one."""
 
     memory: _Memory
+    given_rows: int | None
+    by_kernels = False
+
+    def _fused(self, terms: Sequence[Term], rows: Tensor, dtype: torch.dtype) -> None:
+        """Counts what the kernels would hold, which cannot run here, nor in the walk's place."""
+        head: Any = self.head
+        token = [term for term in terms if not term.is_row_set]
+        apart = self.term_gradients or bool(self.meetings)
+        self.by_kernels = self.kernels and bool(token) and isinstance(fuse(token, head, rows, dtype, apart), FusedTerms)
+        if self.by_kernels:
+            size = bytes_held(rows, head.module.weight, dtype, self.given_rows)
+            self.memory.add("loss", size)
+            self.memory.add("loss", -size)
 
     def _on_head(self, step: Step, hidden_states: Tensor) -> Tensor:
         with self.memory.phase("loss", "loss"):
@@ -205,7 +224,7 @@ class _CountedDriver(Driver):
 
     def _pieces(self, terms: Sequence[Term], step: Step) -> list[Piece]:
         first: dict[int, Piece] = {}
-        for piece in super()._pieces(terms, step):
+        for piece in super()._pieces([term for term in terms if term.is_row_set or not self.by_kernels], step):
             first.setdefault(id(piece.terms[0]), piece)
         return list(first.values())
 

@@ -40,13 +40,20 @@ class Product:
 
 def unsuited(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot form the product in ``dtype``, in words that end a sentence; None where they can."""
-    device, width = hidden.device, weight.shape[1]
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than Hopper, which the kernels are written for"
+    width, old = weight.shape[1], too_old(hidden.device)
+    if old is not None:
+        return old
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the product is computed in {str(dtype).removeprefix('torch.')}, and the kernels compute in bfloat16"
     if width % 8 or not weight.is_contiguous() or not hidden.is_contiguous():
         return f"rows of {width} numbers do not start at multiples of 16 bytes"
+    return None
+
+
+def too_old(device: torch.device) -> str | None:
+    """The same for a GPU from before the kernels."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than Hopper, which the kernels are written for"
     return None
 
 

@@ -44,7 +44,7 @@ def cut(count: int, weight: Tensor, teacher_width: int | None, dtype: torch.dtyp
     if it has any.
     """
     row, available = 2 * width_of(len(weight)), _available(weight.device)
-    largest = max(ROW_MULTIPLE, PART_BYTES // row // ROW_MULTIPLE * ROW_MULTIPLE)
+    largest = largest_part(len(weight))
     few, blocks = True, math.ceil(count / rows) if rows else 1
     if rows is None:
         for few in (True, False):
@@ -57,6 +57,23 @@ def cut(count: int, weight: Tensor, teacher_width: int | None, dtype: torch.dtyp
     rows = max(1, min(rows, count))
     part = rows if teacher_width is None else _part(rows, largest, teacher_width, weight)
     return Blocks(rows, part, blocks <= FEW)
+
+
+def largest_part(vocabulary: int) -> int:
+    """Rows that a part has at most."""
+    return max(ROW_MULTIPLE, PART_BYTES // (2 * width_of(vocabulary)) // ROW_MULTIPLE * ROW_MULTIPLE)
+
+
+def bytes_held(rows: Tensor, weight: Tensor, dtype: torch.dtype, given: int | None = None) -> int:
+    """What the kernels hold at most for hidden ``rows`` (N, H) before a head ``weight`` (V, H), computed in ``dtype``.
+
+    Logits of a block and of the largest part, the head's gradient, and the copies that autocast makes of hidden states and head.
+    """
+    blocks = cut(len(rows), weight, None, weight.dtype, given)
+    held = blocks.rows + min(blocks.rows, largest_part(len(weight)))
+    gradient = (weight.dtype if blocks.few else wide(weight.dtype)).itemsize * weight.numel()
+    copies = sum(each.numel() * dtype.itemsize for each in (rows, weight) if each.dtype != dtype)
+    return 2 * width_of(len(weight)) * held + gradient + copies
 
 
 def _available(device: torch.device) -> int:

@@ -112,6 +112,7 @@ class Driver:
         self._readout = Readout(student, self.head, self.vocabulary) if lenses else None
         self._meet()
         parameter = next(student.parameters())
+        self.chunk_rows = self.block_rows or default_chunk_rows(self.vocabulary, parameter.device.type)
         if self.kernels and parameter.is_cuda:
             for term in self.terms:
                 if term.on_logits and not term.is_row_set:
@@ -337,9 +338,9 @@ def _name(place: Place) -> str:
     return f"{place[0]}_{place[1]}"
 
 
-def default_chunk_rows(vocabulary: int) -> int:
-    """Rows whose float32 logits take about 64 MiB, between 64 and 4096."""
-    return max(64, min(4096, 2**24 // max(1, vocabulary)))
+def default_chunk_rows(vocabulary: int, device_type: str = "cpu") -> int:
+    """Rows whose float32 logits take about 64 MiB, or 256 on a GPU, whose products want many rows; between 64 and 4096."""
+    return max(64, min(4096, (2**26 if device_type == "cuda" else 2**24) // max(1, vocabulary)))
 
 
 def _compute_dtype(rows: Tensor) -> torch.dtype:
