@@ -9,6 +9,8 @@ time      median of the repeats, by CUDA events, after as long a time of warming
 products  the four matrix products that no exact loss avoids (both logits, both gradients) by torch.mm in bf16 on all tokens, in the
           same rounds; ratio = their time ÷ the whole loss's. Where V is no multiple of 64, also the same products with V padded to one:
           the aligned ceiling.
+in turn   Distily's objectives once more, step by step in turn, so that all of them see the same clocks: time ÷ that of its forward_kl,
+          the median of the repeats.
 memory    the highest that was allocated in one forward and backward over what was before (inputs), so both gradients included.
 error     ‖x − truth‖ ÷ ‖truth‖ of the loss and of both gradients; the truth is float32 without TF32. '!': above 5e-2.
 
@@ -31,7 +33,7 @@ from typing import Any
 
 import torch
 from loss_head_contenders import PEERS, Contender, contenders
-from loss_head_page import cell_lines, write
+from loss_head_page import OURS, cell_lines, write
 from loss_head_problem import CASES, Problem, Truth, draw, error, truth
 from provenance import Clocks, provenance
 from torch import Tensor
@@ -177,6 +179,16 @@ def summary(rounds: list[list[float]]) -> dict[str, Any]:
     return {"ms": statistics.median(every), "rounds": [statistics.median(row) for row in rounds], "repeats": len(every)}
 
 
+def in_turn(entries: Sequence[Entry], seconds: float, device: torch.device) -> dict[str, float]:
+    """Of Distily's objectives: time ÷ that of the first, each repeat by itself."""
+    own = [entry for entry in entries if entry.contender.name == OURS and "failed" not in entry.facts]
+    if len(own) < 2:
+        return {}
+    first, *others = times([entry.step for entry in own], seconds * len(own), device)
+    ratios = [statistics.median(mine / base for mine, base in zip(row, first, strict=True)) for row in others]
+    return dict(zip((entry.contender.objective for entry in own[1:]), ratios, strict=True))
+
+
 def cell(name: str, tokens: int, taking_part: Sequence[Contender], chosen: argparse.Namespace, clocks: Clocks) -> dict[str, Any]:
     """One case at one number of tokens."""
     case, device, began = CASES[name], torch.device(chosen.device), time.monotonic()
@@ -203,6 +215,7 @@ def cell(name: str, tokens: int, taking_part: Sequence[Contender], chosen: argpa
     started = time.monotonic()
     for action in (*actions, *reversed(actions)):
         action()
+    beside = in_turn(entries, chosen.seconds, device)
     return {
         "case": name,
         "title": case.title,
@@ -213,6 +226,7 @@ def cell(name: str, tokens: int, taking_part: Sequence[Contender], chosen: argpa
         **{key: {part: summary(rows) for part, rows in parts.items()} for key, parts in measured.items()},
         "clocks": clocks.since(started),
         "rows": [entry.result() for entry in entries],
+        "in turn": beside,
         "seconds": {"truth": known - began, "checks": started - known, "rounds": time.monotonic() - started},
     }
 

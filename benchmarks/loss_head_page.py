@@ -108,23 +108,21 @@ def overview(cells: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def marginal(cells: Sequence[dict[str, Any]]) -> list[str]:
-    """Time of Distily's other objectives and sums ÷ that of its forward KL."""
-    names = list(dict.fromkeys(row["objective"] for cell in cells for row in cell["rows"] if row["name"] == OURS))
-    if "forward_kl" not in names or len(names) == 1:
+    """Time of Distily's other objectives and sums ÷ that of its forward KL, taken in turn."""
+    names = list(dict.fromkeys(name for cell in cells for name in cell.get("in turn", {})))
+    if not names:
         return []
-    names.remove("forward_kl")
     lines = [
         "",
-        "Time of distily's ÷ time of its forward_kl:",
+        "Time of distily's ÷ time of its forward_kl, both taken in turn:",
         "",
         f"| case | {' | '.join(names)} |",
         "|---" * (len(names) + 1) + "|",
     ]
     for cell in cells:
-        base = own(cell, "forward_kl")
-        rows = [own(cell, name) for name in names]
-        if base:
-            ratios = ["–" if row is None else f"{row['ms'] / base['ms']:.3f}" for row in rows]
+        found = cell.get("in turn", {})
+        if found:
+            ratios = [f"{found[name]:.3f}" if name in found else "–" for name in names]
             lines.append(f"| {label(cell)} | {' | '.join(ratios)} |")
     return lines
 
