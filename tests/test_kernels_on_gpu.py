@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from distily.batch import moved
+from distily.speed import Speed
 
 pytestmark = pytest.mark.gpu
 
@@ -112,18 +113,22 @@ def test_memory_does_not_grow_with_tokens(monkeypatch):
 def test_nothing_waits_for_the_gpu(specs):
     student, teacher = (tiny.model("llama", seed, torch.bfloat16, hidden_size=64).cuda() for seed in (1, 2))
     batch = moved(tiny.collate(tiny.documents(8)), "cuda")
-    del batch["attention_mask"]  # transformers asks the device whether it masks anything
     driver = tiny.driver(student, teacher, *specs, chunk_rows=None)
     count = torch.tensor(tiny.items([batch]), device="cuda")
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    speed = Speed(
+        "bf16", autocast=False, compiled=False, attention=None, on_gpu=True
+    )  # without it transformers asks for the mask
 
     def step():
         with driver.step(batch, count):
-            student(input_ids=batch["input_ids"], use_cache=False).loss.backward()
+            student(**inputs, use_cache=False).loss.backward()
 
-    for _ in range(2):
-        step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with speed.applied(student, teacher):
+        for _ in range(2):
+            step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
