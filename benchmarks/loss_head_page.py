@@ -100,7 +100,7 @@ def overview(cells: Sequence[dict[str, Any]]) -> list[str]:
     for cell in cells:
         for objective in ("forward_kl", "jsd", "reverse_kl"):
             rows = [row for row in cell["rows"] if row["objective"] == objective]
-            if rows:
+            if any(not row["name"].startswith(OURS) for row in rows):
                 best = [short(fastest(rows, bound), cell) for bound in (EXACT, BOUND)]
                 ours = short(own(cell, objective), cell, named=False)
                 lines.append(f"| {label(cell)} | {objective} | {ours} | {' | '.join(best)} |")
@@ -181,7 +181,7 @@ def plot(cells: Sequence[dict[str, Any]], folder: Path, objective: str = "forwar
         (cell, [row for row in cell["rows"] if row["objective"] == objective and is_right(row) and "peak" in row])
         for cell in cells
     ]
-    shown = [(cell, rows) for cell, rows in shown if rows]
+    shown = [(cell, rows) for cell, rows in shown if any(not row["name"].startswith(OURS) for row in rows)]
     if not shown:
         return
     names = list(dict.fromkeys(row["name"] for _, rows in shown for row in rows))

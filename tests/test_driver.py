@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,9 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from distily.errors import DistilyError
+from distily.loss.chunks import ChunkWalk, Piece, chunked_loss
 from distily.loss.driver import ATTACHED, Driver, local_teacher
 from distily.loss.heads import OutputHead
+from distily.loss.terms import build_terms
 from distily.probes import check_native_logits, check_packing
+from distily.spec import parse_component
+from distily.teachers import DenseLogits
 
 ARCHITECTURES = list(tiny.SHAPES)
 
@@ -331,3 +336,37 @@ def test_compiled_functions_give_the_same_loss_and_gradients():
     (loss, gradients), (other, others) = results
     assert tiny.distance(other, loss) < 1e-6
     assert tiny.distance(others, gradients) < 1e-5
+
+
+class Headed(torch.nn.Module):
+    """A model of nothing but a head."""
+
+    def __init__(self, width, vocabulary):
+        super().__init__()
+        self.lm_head = torch.nn.Linear(width, vocabulary, bias=False)
+        self.config = SimpleNamespace(get_text_config=SimpleNamespace)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+
+@pytest.mark.parametrize("spec", ["forward_kl", "jsd", "adaptive_kl"])
+def test_the_memory_of_a_cpu_holds_a_chunk_of_logits_and_never_all(spec, tmp_path):
+    """Eight times the tokens take the same, which is a few chunks of logits; all of them once would be more than that."""
+    width, vocabulary, chunk = 8, 4096, 16
+    terms = list(build_terms([parse_component(spec, "objectives")], tiny.plugins(), None, object()).values())
+    student, teacher = Headed(width, vocabulary), Headed(width, vocabulary)
+
+    def peak(count):
+        rows, theirs = torch.randn(count, width, requires_grad=True), torch.randn(count, width)
+        source = DenseLogits(OutputHead(teacher), theirs, vocabulary)
+        pieces = [Piece(slice(start, start + chunk), terms, 1.0) for start in range(0, count, chunk)]
+        walk = ChunkWalk(
+            head=OutputHead(student), source=source, pieces=pieces, inputs={}, weights={term.key: 1.0 for term in terms},
+            items=torch.tensor(count), vocabulary=vocabulary, compute_dtype=torch.float32,
+        )  # fmt: skip
+        return tiny.allocated(lambda: chunked_loss(walk, rows)[0].backward(), tmp_path)
+
+    few, many, whole = peak(64), peak(512), 512 * vocabulary * 4
+    assert many < 1.1 * few
+    assert many < 20 * chunk * vocabulary * 4 < whole

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-
 import pytest
 import tiny
 import torch
@@ -179,12 +176,7 @@ def test_the_peak_is_what_the_allocator_of_a_cpu_reports(tmp_path, architecture)
 
     student.train()
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
-    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
-    peak = max(itertools.accumulate(size for _, size in sorted(changes)))
+    peak = tiny.allocated(step, tmp_path)
     driver.detach()
     result = predicted(tmp_path, objectives, student=student, teacher=teacher, rows=8, length=64, chunk_rows=256)
     weighed = result.teacher + result.student + result.optimizer

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from pathlib import Path
+
 import torch
 import transformers
 
@@ -104,3 +108,13 @@ def distance(first: object, second: object) -> float:
         largest = max(float(value.abs().max()) for value in second.values())
         return max(float((first[name] - second[name]).abs().max()) for name in first) / largest
     return abs(float(first) - float(second)) / abs(float(second))
+
+
+def allocated(call: object, folder: Path) -> int:
+    """The most bytes that a call takes of a CPU's memory over what was there, by PyTorch's profiler, which sees every allocation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    return max(itertools.accumulate(size for _, size in sorted(changes)))
