@@ -10,9 +10,9 @@ import torch._functorch.config as functorch
 
 
 class Compiled:
-    """``function`` compiled at its first call, its backward too; or, where the compiler fails, as it is.
+    """``function`` compiled at its first call, its backward too; or, where the compiler fails, as it is and from its beginning.
 
-    ``refused``: why it is not compiled, in the compiler's words.
+    ``refused``: why it is not compiled, in the compiler's words. What the function itself raises is raised.
     """
 
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
@@ -26,5 +26,7 @@ class Compiled:
                 with functorch.patch(force_non_lazy_backward_lowering=True):  # so that it fails here, not in the backward
                     return self._compiled(*arguments, **keywords)
             except torch._dynamo.exc.TorchDynamoException as error:
+                outputs = self.function(*arguments, **keywords)
                 self.refused = " ".join(str(error).split())[:200]
+                return outputs
         return self.function(*arguments, **keywords)

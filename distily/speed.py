@@ -233,12 +233,12 @@ class CompiledModules:
 
 
 def _norm(model: Any) -> list[nn.Module]:
-    """The norm after the blocks, if it can be told and is not one kernel already."""
+    """The norm after the blocks, if it can be told and is not one kernel already, by itself or by Liger."""
     try:
         norm = final_norm(model)
     except DistilyError:
         return []
-    return [] if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) else [norm]
+    return [] if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) or "forward" in vars(norm) else [norm]
 
 
 def _kernels(first: str) -> Any:

@@ -19,6 +19,7 @@ from tiny import plugins
 from distily.forms import FORMS, Form
 from distily.kernels.products import label_logits, relative_logits
 from distily.kernels.rows import rows_pass
+from distily.loss.blocks import LEAST_BYTES, MOST_BYTES, Blocks, bytes_held, cut
 from distily.loss.chunks import ChunkWalk, Piece, chunked_loss
 from distily.loss.fused import FusedTerms, forms_of
 from distily.loss.terms import build_terms
@@ -136,6 +137,68 @@ def test_a_token_without_mass_counts_for_nothing():
         assert not gradient[:, :4].any(), name
 
 
+def test_what_a_student_rules_out_is_infinite_however_little_mass_it_has():
+    student, teacher, labels = rows(3, 64)
+    student[:, 5], teacher[:, 5] = -math.inf, -20.0
+    for name in ("forward_kl", "soft_cross_entropy", "reverse_kl"):
+        given = (student, teacher) if name != "reverse_kl" else (teacher, student)
+        values, _ = by_kernel([Form(name)], [1.0], *given, labels)
+        assert (values == math.inf).all(), name
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_teacher_that_gives_its_logits_may_have_any_stride(count):
+    """What stands between its rows is nobody's token."""
+    student, teacher, labels = rows(count, 130)
+    wide = torch.full((count, 136), 50.0, device=DEVICE)
+    wide[:, :130] = teacher
+    values = torch.empty((1, count), device=DEVICE)
+    buffer = torch.full((count, 256), -math.inf, device=DEVICE)
+    buffer[:, :130] = student
+    ones, gradient = torch.ones(1, device=DEVICE), torch.empty_like(buffer)
+    rows_pass(
+        buffer, wide[:, :130], gradient, sums(student, 1.0), sums(teacher, 1.0), ["jsd"], ones, torch.tensor([[0.3, 0.0]], device=DEVICE),
+        labels, torch.zeros(count, device=DEVICE), values, temperature=1.0,
+    )  # fmt: skip
+    expected, expected_gradient = by_kernel([Form("jsd", (0.3,))], [1.0], student, teacher, labels)
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(gradient[:, :130], expected_gradient)
+
+
+class TestBlocks:
+    """Sizes are decided for a head of given shape, without its numbers."""
+
+    @staticmethod
+    def head(vocabulary, width, dtype=torch.bfloat16):
+        return torch.empty(vocabulary, width, dtype=dtype, device="meta")
+
+    def test_what_fits_is_one_block(self):
+        assert cut(8192, self.head(50257, 768), None, torch.bfloat16) == Blocks(8192, 8192, True)
+
+    def test_a_large_head_leaves_its_buffers_the_least(self):
+        head = self.head(151936, 8192)
+        found = cut(8192, head, None, torch.float32)
+        assert 2 * found.rows * 151936 > 0.8 * LEAST_BYTES
+        assert not found.few
+
+    def test_memory_is_the_same_for_any_number_of_tokens(self):
+        head = self.head(128256, 2048)
+        held = [
+            bytes_held(torch.empty(count, 2048, dtype=torch.bfloat16, device="meta"), head, torch.bfloat16)
+            for count in (16384, 10**5)
+        ]
+        assert max(held) <= MOST_BYTES
+        assert held[1] == pytest.approx(held[0], rel=0.15)
+
+    def test_a_frozen_head_has_room_for_larger_blocks(self):
+        head = self.head(128256, 2048)
+        assert cut(16384, head, None, None).rows > cut(16384, head, None, torch.bfloat16).rows
+
+    @pytest.mark.parametrize("count", [0, 1, 255])
+    def test_few_tokens_get_no_more_rows_than_they_are(self, count):
+        assert cut(count, self.head(1000, 64), None, torch.bfloat16).rows == max(1, count)
+
+
 def product(count, width, vocabulary, seed=0, bias=False, scale=1.0, softcap=None):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(count, width, generator=generator).to(DEVICE, HALF)
@@ -199,7 +262,7 @@ class Teacher:
         return self.given_product.hidden[at].float() @ self.given_product.weight.float().T
 
 
-def loss_and_gradients(specs, fused, count=150, vocabulary=290, rows_of_head=310, block_rows=128, dense=False):
+def loss_and_gradients(specs, fused, count=40, vocabulary=290, rows_of_head=310, block_rows=32, dense=False):
     """Loss and gradients of a walk over random rows, with the kernels or as the plain driver has them."""
     mine, theirs = product(count, 32, rows_of_head, 1), product(count, 48, vocabulary, 2)
     terms = list(build_terms([parse_component(spec, "objectives") for spec in specs], plugins(), None, object()).values())
@@ -237,9 +300,9 @@ def test_the_walk_with_kernels_is_the_walk_without(specs, dense):
 
 
 def test_blocks_of_any_size_give_the_same():
-    whole = loss_and_gradients(["jsd"], True, count=270, block_rows=512)
-    for block_rows in (128, None):
-        parts = loss_and_gradients(["jsd"], True, count=270, block_rows=block_rows)
+    whole = loss_and_gradients(["jsd"], True, block_rows=64)
+    for block_rows in (16, None):
+        parts = loss_and_gradients(["jsd"], True, block_rows=block_rows)
         assert float(parts[0]) == pytest.approx(float(whole[0]), rel=1e-6)
         for mine, theirs in zip(parts[2:], whole[2:], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-6)

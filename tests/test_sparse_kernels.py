@@ -149,7 +149,7 @@ def test_value_and_gradient_of_chosen_tokens(name, k, p, dtype):
         close(by_kernel(*case, temperature=temperature), by_oracle(*case, temperature=temperature))
 
 
-@settings(max_examples=20 if DEVICE == "cpu" else 200, deadline=None)
+@settings(max_examples=12 if DEVICE == "cpu" else 30, deadline=None)
 @given(
     st.lists(st.sampled_from(["sampled", "forward_kl", "cross_entropy", "jsd"]), max_size=3, unique=True),
     st.lists(st.tuples(st.sampled_from(TOPS), st.integers(1, 300), st.sampled_from([1.0, 0.3719, 0.9137])), max_size=2),
@@ -218,6 +218,16 @@ def test_tokens_without_mass(name):
         torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-6)
         assert gradient.isfinite().all()
         assert not gradient[:, :4].any()
+
+
+def test_a_drawn_token_that_the_student_rules_out_spoils_no_gradient():
+    student, teacher, *_ = rows(3, 300)
+    student[:, 7], teacher[:, 7] = -math.inf, 60.0
+    for name in ("reverse_kl", "jsd"):
+        forms = [Form("sampled", (4,)), Form(name, (0.5,) if name == "jsd" else ())]
+        values, gradient = by_kernel(forms, [1.0, 1.0], student, teacher, numbers=torch.full((3, 4), 0.5, device=DEVICE))
+        assert (values[0] == math.inf).all(), name
+        assert gradient.isfinite().all(), name
 
 
 def test_what_the_student_rules_out_is_infinite_with_a_finite_gradient():
@@ -345,7 +355,7 @@ def test_the_walk_with_kernels_is_the_walk_without(specs, dense):
 def test_blocks_of_any_size_give_the_same():
     specs = ["sampled_targets:samples=8"]
     (values, gradients), (others, other_gradients) = (
-        loss_and_gradients(specs, True, count=130, block_rows=block_rows) for block_rows in (128, 256)
+        loss_and_gradients(specs, True, count=40, block_rows=block_rows) for block_rows in (32, 64)
     )
     for key, value in values.items():
         assert float(value) == pytest.approx(float(others[key]), rel=1e-6), key

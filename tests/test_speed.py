@@ -241,6 +241,18 @@ class TestApplied:
             assert capture.feature(wanted, tensors).query.shape == (2, 4, 16, 8)
         assert not said
 
+    def test_a_logit_lens_reads_through_the_compiled_norm(self):
+        found = []
+        for compiled in (False, True):
+            student, teacher = (tiny.model(seed=seed) for seed in (1, 2))
+            driver = tiny.driver(student.train(), teacher, "forward_kl", "forward_kl:on=logit_lens,mapper=last_k(k=1)")
+            speed = Speed("float32", compiled=compiled, on_gpu=False, **LIKE)
+            with speed.applied(student, teacher):
+                found.append(tiny.accumulate(driver, student, [tiny.collate(tiny.documents(3))]))
+        (loss, gradients), (compiled_loss, compiled_gradients) = found
+        assert float(compiled_loss) == pytest.approx(float(loss), rel=1e-5)
+        assert tiny.distance(compiled_gradients, gradients) < 1e-5
+
     def test_inside_a_pause_the_models_are_plain(self):
         model = tiny.model()
         with self.COMPILED.applied(model) as applied:

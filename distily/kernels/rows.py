@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distily.kernels.forms import (
+    ALPHA_BETA,
     CROSS_ENTROPY,
     FORWARD_KL,
     LN_2,
@@ -32,8 +33,8 @@ from distily.kernels.products import LOG2_E, processors
 
 BLOCK, WARPS, REGISTERS = 4096, 16, 64
 """Tokens that a program holds at a time, its warps, and the registers of a thread: as many as let two programs run on a processor."""
-LOWEST, HUGE = tl.constexpr(-1e38), tl.constexpr(1e30)
-"""The logarithm of no probability, a number too; and from where on a value can only be infinite, as it counted such a logarithm."""
+LOWEST, HUGE = tl.constexpr(-1e38), tl.constexpr(1e12)
+"""The logarithm of no probability, a number too; and from where on a value of logarithms is infinite, as it counted such a one."""
 
 SUPPORT = 5
 """Numbers that describe the support of a row and form, see ``distily.kernels.targets.supports``."""
@@ -110,7 +111,9 @@ def _slopes(
                 power = value
                 value = tl.log2(value) * LN_2 / (tl.load(parameters_ptr + 2 * place) - 1.0)
                 slopes -= tl.load(coefficients_ptr + place)  # Σφ ÷ power
-            tl.store(values_ptr + place * values_width, tl.where(value > HUGE, float("inf"), value))
+            elif FORMS[place] != ALPHA_BETA:
+                value = tl.where(value > HUGE, float("inf"), value)
+            tl.store(values_ptr + place * values_width, value)
         elif FORMS[place] <= SAMPLED and not (FORMS[place] == CROSS_ENTROPY and WARM):
             slopes -= tl.load(coefficients_ptr + place)
     return slopes, power
@@ -195,7 +198,8 @@ def _at_drawn(
             if FORMS[place] == SAMPLED:
                 pull *= -tl.load(coefficients_ptr + place) / draws
         gradient = _gradient(
-            raw, raw_t, tl.exp2(log_s), tl.exp2(log_t), log_s, log_t, drawn, pull, coefficients_ptr, parameters_ptr, support_ptr,
+            raw, raw_t, tl.exp2(log_s), tl.exp2(log_t), tl.maximum(log_s, LOWEST), tl.maximum(log_t, LOWEST), drawn,
+            pull, coefficients_ptr, parameters_ptr, support_ptr,
             supports_step, cap, log_mass_hard, label, reference, slopes, power, FORMS, COUNT, WARM, HAS_CAP,
         )  # fmt: skip
         tl.debug_barrier()  # the sweep wrote there
@@ -206,13 +210,13 @@ def _at_drawn(
 @triton.jit
 def _rows(
     student_ptr, teacher_ptr, gradient_ptr, labels_ptr, reference_ptr, student_parts_ptr, teacher_parts_ptr, values_ptr,
-    coefficients_ptr, parameters_ptr, supports_ptr, drawn_ptr, at_drawn_ptr, rows, width, teacher_width, values_width, supports_step, draws,
-    student_blocks, teacher_blocks, inverse, cap,
+    coefficients_ptr, parameters_ptr, supports_ptr, drawn_ptr, at_drawn_ptr, rows, width, teacher_width, teacher_step, values_width,
+    supports_step, draws, student_blocks, teacher_blocks, inverse, cap,
     FORMS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr,
     STUDENT_PARTS: tl.constexpr, TEACHER_PARTS: tl.constexpr, SUPPORT: tl.constexpr, DRAWS: tl.constexpr, FORWARD: tl.constexpr,
     SOFT: tl.constexpr, HARD: tl.constexpr, WARM: tl.constexpr, LATE: tl.constexpr, HAS_CAP: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    wide, teacher_wide = width.to(tl.int64), teacher_width.to(tl.int64)
+    wide, teacher_wide = width.to(tl.int64), teacher_step.to(tl.int64)
     for row in tl.range(tl.program_id(0), rows, PROGRAMS):
         student, teacher, values = student_ptr + row * wide, teacher_ptr + row * teacher_wide, values_ptr + row
         gradient, support = gradient_ptr + row * wide, supports_ptr + row * SUPPORT
@@ -275,13 +279,13 @@ def rows_pass(
 ) -> None:
     """Values of every form and row to ``values`` (F, n), in nats; Σ coefficient · gradient at the head's output to ``gradient``.
 
-    ``student`` and ``teacher`` (n, W): logits up to an offset in each row, in any floating dtype and -inf beyond V, with the ``parts``
-    that ``relative_logits`` gives, ``hard`` where ``cross_entropy`` stands beside a temperature; ``gradient`` (n, W) may lie over
-    ``student``, and is 0 beyond V. ``coefficients`` (F,) and ``parameters`` (F, 2) in float32; the temperature divides all logits but
-    those of ``cross_entropy``; coefficients of the others include 1/T, and all of them the scale of the student's class. ``reference``
-    (n,): what was taken off ``student``, for soft-capping at ``cap`` alone. ``forms``: names, at most one ``renyi`` and one ``sampled``.
-    The ``top`` forms need the ``supports`` (F, n, 5) of ``distily.kernels.targets``, which has their values; ``sampled`` the tokens and
-    logits ``drawn`` there, (n, draws) each.
+    ``student`` and ``teacher`` (n, W): logits up to an offset in each row, in any floating dtype and -inf beyond V, or the teacher's
+    (n, V), with the ``parts`` that ``relative_logits`` gives, ``hard`` where ``cross_entropy`` stands beside a temperature;
+    ``gradient`` (n, W) may lie over ``student``, and is 0 beyond V. ``coefficients`` (F,) and ``parameters`` (F, 2) in float32; the
+    temperature divides all logits but those of ``cross_entropy``; coefficients of the others include 1/T, and all of them the scale of
+    the student's class. ``reference`` (n,): what was taken off ``student``, for soft-capping at ``cap`` alone. ``forms``: names, at most
+    one ``renyi`` and one ``sampled``. The ``top`` forms need the ``supports`` (F, n, 5) of ``distily.kernels.targets``, which has their
+    values; ``sampled`` the tokens and logits ``drawn`` there, (n, draws) each.
     """
     numbers = tuple(NUMBERS[form] for form in forms)
     draws = 0 if drawn is None else drawn[0].shape[1]
@@ -291,7 +295,8 @@ def rows_pass(
         student, student if teacher is None else teacher, student if gradient is None else gradient, labels, reference,
         student_parts, student_parts if teacher_parts is None else teacher_parts, values, coefficients, parameters,
         values if supports is None else supports, *(drawn or (labels, values)),
-        len(student), student.stride(0), (student if teacher is None else teacher).stride(0), values.stride(0),
+        len(student), student.stride(0), (student if teacher is None else teacher).shape[1],
+        (student if teacher is None else teacher).stride(0), values.stride(0),
         0 if supports is None else supports.stride(0), draws, *blocks, LOG2_E.value / temperature, cap or 1.0,
         FORMS=numbers, COUNT=len(numbers), BLOCK=BLOCK, PROGRAMS=programs, SLOTS=triton.next_power_of_2(max(blocks)),
         STUDENT_PARTS=student_parts.shape[2], TEACHER_PARTS=0 if teacher_parts is None else teacher_parts.shape[2],

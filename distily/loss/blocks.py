@@ -14,7 +14,7 @@ from torch import Tensor
 from distily.products import wide
 
 MOST_BYTES, LEAST_BYTES = 1900 * 2**20, 256 * 2**20
-"""What the buffers and the head's gradient may take together, if a quarter of the free memory is not less; and what buffers get."""
+"""What the buffers and the head's gradient may take together, if a quarter of the free memory is not less; what a block gets anyway."""
 PART_BYTES = 320 * 2**20
 """What a part may take: more of it would save nothing but launches."""
 FEW = 8
@@ -37,26 +37,27 @@ def width_of(vocabulary: int) -> int:
     return math.ceil(vocabulary / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
-def cut(count: int, weight: Tensor, teacher_width: int | None, dtype: torch.dtype, rows: int | None = None) -> Blocks:
-    """Blocks for N = ``count`` rows before a head ``weight`` (V, H) whose gradient is wanted in ``dtype``.
+def cut(
+    count: int, weight: Tensor, teacher_width: int | None, dtype: torch.dtype | None, rows: int | None = None, narrow: bool = True
+) -> Blocks:
+    """Blocks for N = ``count`` rows before a head ``weight`` (V, H) whose gradient is wanted in ``dtype``, or not at all.
 
     Equal ones, as large as memory allows beside that gradient; ``rows``: of that size instead. ``teacher_width``: of its hidden states,
-    if it has any.
+    if it has any. ``narrow``: whether the gradient may add up in ``dtype`` at all.
     """
-    row, available = 2 * width_of(len(weight)), _available(weight.device)
-    largest = largest_part(len(weight))
-    few, blocks = True, math.ceil(count / rows) if rows else 1
+    row, largest, available = 2 * width_of(len(weight)), largest_part(len(weight)), _available(weight.device)
+    blocks = math.ceil(count / rows) if rows else 1
     if rows is None:
-        for few in (True, False):
-            gradient = weight.numel() * (dtype if few else wide(dtype)).itemsize
-            most = max(LEAST_BYTES, available - gradient) // row - largest
+        for few in (True, False) if narrow else (False,):
+            gradient = 0 if dtype is None else weight.numel() * (dtype if few else wide(dtype)).itemsize
+            most = max(LEAST_BYTES, available - gradient - largest * row) // row // ROW_MULTIPLE * ROW_MULTIPLE
             blocks = math.ceil(count / max(ROW_MULTIPLE, most))
             if blocks <= FEW:
                 break
         rows = math.ceil(count / max(1, blocks) / ROW_MULTIPLE) * ROW_MULTIPLE
     rows = max(1, min(rows, count))
     part = rows if teacher_width is None else _part(rows, largest, teacher_width, weight)
-    return Blocks(rows, part, blocks <= FEW)
+    return Blocks(rows, part, narrow and blocks <= FEW)
 
 
 def largest_part(vocabulary: int) -> int:

@@ -106,8 +106,8 @@ def fused_rows(
     count, vocabulary = len(hidden), len(weight)
     numbers = uniform(inputs["row_seeds"], fused.draws) if fused.draws else None
     product = _product_of(teacher, count)
-    own = weight.dtype if gradients is None else gradients.head_dtype
-    blocks = cut(count, weight, None if product is None else product.hidden.shape[1], own, block_rows)
+    own, once = (None, False) if gradients is None else (gradients.head_dtype, gradients.once)
+    blocks = cut(count, weight, None if product is None else product.hidden.shape[1], own, block_rows, narrow=once)
     logits = _Logits(student, teacher, product, labels, blocks, fused)
     factors, coefficients = _coefficients(fused, weights, items, student.scale)
     parameters = torch.tensor([(*form.parameters, 0.0, 0.0)[:2] for form in fused.forms], dtype=torch.float32)
@@ -128,9 +128,7 @@ def fused_rows(
                 temperature=fused.temperature, cap=student.softcap, **targets,
             )  # fmt: skip
         if gradients is not None:
-            gradients.add(
-                slice(start, stop), logits.gradient(stop - start), hidden[start:stop], weight, few=gradients.once and blocks.few
-            )
+            gradients.add(slice(start, stop), logits.gradient(stop - start), hidden[start:stop], weight, few=blocks.few)
     sums = values.sum(1) * factors
     owners = torch.tensor(fused.owners).to(hidden.device, non_blocking=True)
     return sums.new_zeros(len(fused.terms)).index_add(0, owners, sums)

@@ -36,11 +36,9 @@ class Gradients:
         self.learned = [None if value is None else _zeros(value) for value in learned]
 
     @property
-    def head_dtype(self) -> torch.dtype:
-        """What the head's gradient is wanted in."""
-        dtype = self.dtypes[1]
-        assert dtype is not None
-        return dtype
+    def head_dtype(self) -> torch.dtype | None:
+        """What the head's gradient is wanted in; None where it is not."""
+        return self.dtypes[1] if self.wanted[1] else None
 
     def add(
         self, at: slice | Tensor, at_logits: Tensor, hidden: Tensor, weight: Tensor, with_rows: bool = True, few: bool = False
@@ -71,11 +69,14 @@ class Gradients:
                 total += own
 
     def _add_weight(self, head: Tensor, at_logits: Tensor, hidden: Tensor, few: bool) -> None:
-        """The product goes into the sum in float32, without a copy of the head in between where the device can do that."""
+        """The product goes into the sum as it adds up, without a copy of the head in between where the device can do that."""
         width, transposed = at_logits.shape[1], at_logits.T
         first = self.weight is None
         if self.weight is None:
-            self.weight = head.new_empty((len(head) + self.padding, head.shape[1]), dtype=head.dtype if few else wide(head.dtype))
+            self.weight = head.new_empty(
+                (len(head) + self.padding, head.shape[1]),
+                dtype=head.dtype if few and head.dtype in (at_logits.dtype, torch.float32) else wide(head.dtype),
+            )
             self.weight[width:].zero_()  # what no product reaches: the padding of the vocabulary
         total = self.weight[:width]
         wider: dict[str, Any] = {} if at_logits.dtype == total.dtype or not at_logits.is_cuda else {"out_dtype": total.dtype}
