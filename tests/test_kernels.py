@@ -19,7 +19,7 @@ from tiny import plugins
 from distily.forms import FORMS, Form
 from distily.kernels.products import label_logits, relative_logits
 from distily.kernels.rows import rows_pass
-from distily.loss.blocks import LEAST_BYTES, MOST_BYTES, Blocks, bytes_held, cut
+from distily.loss.blocks import LEAST_BYTES, MOST_BYTES, Blocks, bytes_held, cut, largest_part
 from distily.loss.chunks import ChunkWalk, Piece, chunked_loss
 from distily.loss.fused import FusedTerms, forms_of
 from distily.loss.terms import build_terms
@@ -173,7 +173,7 @@ class TestBlocks:
         return torch.empty(vocabulary, width, dtype=dtype, device="meta")
 
     def test_what_fits_is_one_block(self):
-        assert cut(8192, self.head(50257, 768), None, torch.bfloat16) == Blocks(8192, 8192, True)
+        assert cut(8192, self.head(50257, 768), None, torch.bfloat16) == Blocks(8192, largest_part(50257), True)
 
     def test_a_large_head_leaves_its_buffers_the_least(self):
         head = self.head(151936, 8192)

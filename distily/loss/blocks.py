@@ -56,7 +56,7 @@ def cut(
                 break
         rows = math.ceil(count / max(1, blocks) / ROW_MULTIPLE) * ROW_MULTIPLE
     rows = max(1, min(rows, count))
-    part = rows if teacher_width is None else _part(rows, largest, teacher_width, weight)
+    part = min(rows, largest) if teacher_width is None else _part(rows, largest, teacher_width, weight)
     return Blocks(rows, part, narrow and blocks <= FEW)
 
 
