@@ -3,13 +3,15 @@
     PYTHONPATH=.:plugins python benchmarks/step.py [--case llama] [--only 'distily*'] --out benchmarks/results
 
 Teacher 1.24B and student 0.75B of random weights, 8 × 2,048 random tokens, the same ones for all; every contender starts from the
-same weights. Teacher's forward, student's forward and backward, the loss, clipping, and the fused AdamW.
+same weights. Teacher's forward, student's forward and backward, the loss, clipping, and the fused AdamW. --case small: 135M and 81M,
+8 × 512 tokens, a step in which the device waits for the host.
 
 time      median of the repeats, by CUDA events, without waiting between steps unless the contender itself waits; two rounds, the
-          second in reverse order, each from fresh models, after two steps to warm up.
+          second in reverse order, each from fresh models, after two steps to warm up, of small models twelve.
 MFU       operations that the step must do (step_problem.py) ÷ time ÷ ceiling; the ceiling is the best rate of a block's product in
           bf16, measured at the start. Above 1 is possible in 8 bits.
-memory    the highest of a round after warming up: allocated, and reserved by the allocator. Weights, gradients, optimizer included.
+memory    the highest of a round after warming up: allocated, with what CUDA graphs keep, and reserved by the allocator. Weights,
+          gradients, optimizer included.
 loss      of the first step and of the last one of a round.
 first     seconds of the first step of round 1, with whatever is compiled in it.
 
@@ -34,16 +36,16 @@ from step_contenders import Contender, contenders
 from step_page import row_line, work, write
 from step_problem import CASES, Case, rate_of_products
 
+from distily import memory
 from distily.benchmark import Stopwatch, synchronize
 
-WARM = 2
 PACKAGES = ("trl", "liger-kernel", "torchao")
 FIRST_ROUND = 0.65
 """Share of the time for round 1, which also compiles."""
 
 
 def round_of(contender: Contender, case: Case, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Fresh models, two steps to warm up, then ``repeats`` timed ones."""
+    """Fresh models, a few steps to warm up, then ``repeats`` timed ones."""
     clear(device)
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     with contender.opened(case, device) as step:
@@ -51,7 +53,7 @@ def round_of(contender: Contender, case: Case, repeats: int, device: torch.devic
         losses = [step()]
         synchronize(device)
         found: dict[str, Any] = {"first seconds": time.perf_counter() - began}
-        losses += [step() for _ in range(WARM - 1)]
+        losses += [step() for _ in range(case.warm - 1)]
         synchronize(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -65,7 +67,7 @@ def round_of(contender: Contender, case: Case, repeats: int, device: torch.devic
         found["losses"] = [float(loss) for loss in losses]
         if device.type == "cuda":
             found |= {
-                "peak": torch.cuda.max_memory_allocated() - before,
+                "peak": torch.cuda.max_memory_allocated() - before + memory.kept_by_graphs(),
                 "reserved": torch.cuda.max_memory_reserved(),
                 "left": before,
             }

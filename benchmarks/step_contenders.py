@@ -63,13 +63,14 @@ def contenders() -> tuple[list[Contender], dict[str, str]]:
     ]
     found, more = trl()
     parts = [
-        composed(by_title[f"{title}, {objective}"], compiled, weights)
-        for title, objective, compiled, weights in COMPOSED
+        composed(by_title[f"{title}, {objective}"], how, weights)
+        for title, objective, how, weights in COMPOSED
         if f"{title}, {objective}" in by_title
     ]
     plain = [
         distily("distily, plain loss", "forward_kl", "bf16", kernels=False),
         distily("distily, not compiled", "forward_kl", "bf16", compile=False),
+        distily("distily, no graphs", "forward_kl", "bf16", graphs=False),
     ]
     return [*ours, *parts[:3], *found, *parts[3:], *plain], remarks | more
 
@@ -102,21 +103,28 @@ def distily(name: str, objective: str, weights: str, **speed: Any) -> Contender:
 
 # Steps composed of parts: transformers' models, their blocks compiled one by one, and a loss head of the loss-head benchmark.
 
+HOW = {
+    "compiled": "blocks compiled by Module.compile(), sdpa_kernel with cuDNN first",
+    "reduce-overhead": "both models' bodies compiled whole, Module.compile(mode='reduce-overhead'), sdpa_kernel with cuDNN first",
+    "eager": "eager",
+}
 COMPOSED = (
-    # loss head, objective, whether blocks are compiled, student's weights
-    ("liger fused KL", "forward_kl", True, "bf16"),
-    ("trl chunked", "forward_kl", True, "bf16"),
-    ("liger fused JSD", "forward_kl", True, "bf16"),
-    ("naive, compiled", "forward_kl", True, "bf16"),
-    ("liger chunked, compiled", "forward_kl", True, "bf16"),
-    ("trl chunked", "forward_kl", True, "fp32, autocast"),
-    ("trl chunked", "jsd", True, "bf16"),
-    ("liger fused JSD", "jsd", True, "bf16"),
-    ("naive", "forward_kl", False, "bf16"),
+    # loss head, objective, how the models run, student's weights
+    ("liger fused KL", "forward_kl", "compiled", "bf16"),
+    ("trl chunked", "forward_kl", "compiled", "bf16"),
+    ("liger fused JSD", "forward_kl", "compiled", "bf16"),
+    ("naive, compiled", "forward_kl", "compiled", "bf16"),
+    ("liger chunked, compiled", "forward_kl", "compiled", "bf16"),
+    ("trl chunked", "forward_kl", "compiled", "fp32, autocast"),
+    ("trl chunked", "jsd", "compiled", "bf16"),
+    ("liger fused JSD", "jsd", "compiled", "bf16"),
+    ("naive", "forward_kl", "eager", "bf16"),
+    ("liger fused KL", "forward_kl", "reduce-overhead", "bf16"),
+    ("naive, compiled", "forward_kl", "reduce-overhead", "bf16"),
 )
 
 
-def composed(head: loss_head_contenders.Contender, compiled: bool, weights: str) -> Contender:
+def composed(head: loss_head_contenders.Contender, how: str, weights: str) -> Contender:
     """Compiled ones also get the attention kernel that is fastest on Hopper first, as Distily does."""
 
     @contextmanager
@@ -126,14 +134,17 @@ def composed(head: loss_head_contenders.Contender, compiled: bool, weights: str)
         optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0, fused=True)
         problem = Problem(None, student.lm_head.weight, None, teacher.lm_head.weight, ids[:, 1:].flatten())  # type: ignore[arg-type]
         loss_of = head.prepare(problem)
-        for block in [*decoder_blocks(student), *decoder_blocks(teacher)] if compiled else []:
+        for block in [*decoder_blocks(student), *decoder_blocks(teacher)] if how == "compiled" else []:
             block.compile()
+        for model in [student, teacher] if how == "reduce-overhead" else []:
+            model.model.compile(mode="reduce-overhead")
         mixed = torch.autocast(device.type, torch.bfloat16) if weights != "bf16" else nullcontext()
 
         def hidden(model: Any) -> Tensor:
             return model.model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)
 
         def step() -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
             with mixed:
                 with torch.no_grad():
                     problem.teacher = hidden(teacher)
@@ -146,13 +157,10 @@ def composed(head: loss_head_contenders.Contender, compiled: bool, weights: str)
             optimizer.zero_grad()
             return loss.detach()
 
-        with attention(device) if compiled else nullcontext():
+        with attention(device) if how != "eager" else nullcontext():
             yield step
 
-    how = "blocks compiled by Module.compile(), sdpa_kernel with cuDNN first" if compiled else "eager"
-    return Contender(
-        f"{'compiled' if compiled else 'eager'} + {head.name}", head.objective, weights, f"{how}; {head.flags}", opened
-    )
+    return Contender(f"{how} + {head.name}", head.objective, weights, f"{HOW[how]}; {head.flags}", opened)
 
 
 @contextmanager

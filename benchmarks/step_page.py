@@ -22,7 +22,7 @@ def main() -> None:
 
 def write(runs: Sequence[dict[str, Any]], folder: Path) -> None:
     """step.md, .png, .svg and .json."""
-    write_page("step", runs, folder, page(runs), lambda: plot(runs[-1], folder))
+    write_page("step", runs, folder, page(runs), lambda: plot(runs, folder))
 
 
 def page(runs: Sequence[dict[str, Any]]) -> str:
@@ -107,24 +107,32 @@ def row_line(row: dict[str, Any], run: dict[str, Any]) -> str:
     return " | ".join(cells(row, run))
 
 
-def plot(run: dict[str, Any], folder: Path) -> None:
-    """A bar of milliseconds for each contender, fastest first, with its peak memory; the floor as a line."""
+def plot(runs: Sequence[dict[str, Any]], folder: Path) -> None:
+    """For each run a bar of milliseconds for each contender, fastest first, with its peak memory; the floor as a line."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = sorted((row for row in run["table"] if "ms" in row and "failed" not in row), key=lambda row: -row["ms"])
-    if not rows:
+    shown = [
+        (run, sorted((row for row in run["table"] if "ms" in row and "failed" not in row), key=lambda row: -row["ms"]))
+        for run in runs
+    ]
+    shown = [(run, rows) for run, rows in shown if rows]
+    if not shown:
         return
-    figure, panel = plt.subplots(figsize=(9, 1.2 + 0.32 * len(rows)), layout="constrained")
-    colours = ["tab:blue" if row["name"].startswith(OURS) else "tab:grey" for row in rows]
-    bars = panel.barh([title(row) for row in rows], [row["ms"] for row in rows], color=colours)
-    panel.bar_label(bars, [f"{row['ms']:.0f} ms, {row['peak'] / GIB:.0f} GiB" for row in rows], padding=3, fontsize=8)
-    panel.axvline(floor(run), color="black", linewidth=0.8, linestyle="--")
-    panel.set(xlabel="milliseconds of a step; dashed: its floor in bf16", title=run["like"])
-    panel.margins(x=0.18)
-    panel.tick_params(axis="y", labelsize=8)
+    heights = [1.2 + 0.32 * len(rows) for _, rows in shown]
+    figure, panels = plt.subplots(
+        len(shown), figsize=(9, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for panel, (run, rows) in zip(panels[:, 0], shown, strict=True):
+        colours = ["tab:blue" if row["name"].startswith(OURS) else "tab:grey" for row in rows]
+        bars = panel.barh([title(row) for row in rows], [row["ms"] for row in rows], color=colours)
+        panel.bar_label(bars, [f"{row['ms']:.3g} ms, {row['peak'] / GIB:.2g} GiB" for row in rows], padding=3, fontsize=8)
+        panel.axvline(floor(run), color="black", linewidth=0.8, linestyle="--")
+        panel.set(xlabel="milliseconds of a step; dashed: its floor in bf16", title=run["like"])
+        panel.margins(x=0.18)
+        panel.tick_params(axis="y", labelsize=8)
     for ending in ("png", "svg"):
         figure.savefig(folder / f"step.{ending}", dpi=130)
     plt.close(figure)

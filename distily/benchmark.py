@@ -29,6 +29,8 @@ from distily.speed import Say, Speed, choose
 
 LEAST, MOST = 3, 50
 """Steps that are timed, however long or short they are."""
+SETTLING = 16
+"""Steps in which a step may decide how it runs."""
 CALIBRATION = 1000
 """Batches that calibrated components may see, at most."""
 
@@ -116,12 +118,15 @@ def _gib(size: int | None) -> float | None:
 
 
 def measure(name: str, training: BareTraining, seconds: float) -> Row:
-    """The step of an applied training, timed for about ``seconds`` after two steps to warm up."""
+    """The step of an applied training, timed for about ``seconds`` after it has come to rest."""
     device, driver, row, watch = training.device, training.driver, Row(name), Stopwatch(training.device)
     began = time.perf_counter()
     training.step()
     synchronize(device)
     row.first_seconds = time.perf_counter() - began
+    for _ in range(SETTLING):
+        if not training.applied.settled:
+            training.step()
     parts: dict[str, Any] = {"teacher": training.teacher}
     if driver.head is not None and any(term.on_logits for term in driver.terms):
         parts["head"] = driver.head.module
@@ -139,7 +144,7 @@ def measure(name: str, training: BareTraining, seconds: float) -> Row:
             training.step()
             watch.mark("step, done")
         synchronize(device)
-    row.memory_peak = memory.read()["memory_peak"]
+    row.memory_peak = memory.read()["memory_peak"] + training.applied.held
     row.milliseconds = statistics.median(watch.between("step", "step, done"))
     found = [watch.between(part, f"{part}, done", len(training.batches)) for part in ("teacher", "head")]
     row.teacher_milliseconds, row.head_milliseconds = (statistics.median(each) if each else None for each in found)
@@ -277,6 +282,7 @@ def _plainer(speed: Speed, kernels: bool) -> dict[str, dict[str, Any]]:
     loss: dict[str, Any] = {"kernels": False} if kernels else {}
     everything = dict(loss)
     everything |= {"compile": False} if speed.compiled else {}
+    everything |= {"graphs": False} if speed.graphs is not False else {}
     everything |= {"attention": "flash"} if speed.attention not in (None, "flash") else {}
     everything |= {"precision": "bf16"} if speed.precision in UNITS else {}
     return {name: keys for name, keys in {"plain loss": loss, "plain": everything}.items() if keys}

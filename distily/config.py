@@ -110,6 +110,8 @@ class SpeedConfig:
     on a CPU."""
     compile: bool | None = None
     """Compile the decoder blocks of student and teacher, one by one; null: on a GPU."""
+    graphs: bool | None = None
+    """Replay the bodies of student and teacher as CUDA graphs; null: on one GPU, where it is seen to wait for the host."""
     kernels: bool = True
     """Let fused kernels compute the logit terms that they know, on a GPU."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"

@@ -230,7 +230,7 @@ class Collator:
     """Sequences to one batch, padded on the right, with the shift done once.
 
     Gives ``input_ids``, ``labels``, ``shift_labels`` (B, S), ``supervised`` (N,) and ``lengths``; with an ``attention_mask``, or
-    ``position_ids`` alone when packed: they restart at every sequence, and an all-ones mask would undo that without a word.
+    ``position_ids`` alone where sequences share a row: they restart at every one, and an all-ones mask would undo that without a word.
     """
 
     pad_token_id: int
@@ -242,13 +242,14 @@ class Collator:
         rows: list[list[Mapping[str, Any]]] = list(items) if self.packed else [[item] for item in items]
         longest = max(sum(len(sequence["input_ids"]) for sequence in row) for row in rows)
         size = next((width for width in self.widths if width >= longest), longest)
-        columns = [self._row(row, size) for row in rows]
+        shared = any(len(row) > 1 for row in rows)
+        columns = [self._row(row, size, shared) for row in rows]
         batch: dict[str, Any] = {name: torch.stack([column[name] for column in columns]) for name in columns[0]}
         batch["supervised"], _ = count(batch["shift_labels"])
         batch["lengths"] = [sum(label != IGNORE_INDEX for label in sequence["labels"][1:]) for row in rows for sequence in row]
         return batch
 
-    def _row(self, row: Sequence[Mapping[str, Any]], size: int) -> dict[str, Tensor]:
+    def _row(self, row: Sequence[Mapping[str, Any]], size: int, shared: bool) -> dict[str, Tensor]:
         ids = [torch.tensor(sequence["input_ids"], dtype=torch.long) for sequence in row]
         labels = [torch.tensor(sequence["labels"], dtype=torch.long) for sequence in row]
         shifted = [shift(label[None])[0] for label in labels]
@@ -259,7 +260,7 @@ class Collator:
             "labels": torch.cat([*labels, torch.full((padding,), IGNORE_INDEX)]),
             "shift_labels": torch.cat([*shifted, torch.full((padding,), IGNORE_INDEX)]),
         }
-        if self.packed:
+        if shared:
             columns["position_ids"] = torch.cat([*(torch.arange(len(part)) for part in ids), torch.arange(padding)])
         else:
             columns["attention_mask"] = (torch.arange(size) < used).long()

@@ -9,22 +9,26 @@ Nothing here changes what is computed beyond rounding. Inside, both models run s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._functorch.config as functorch
 import torch.utils._triton as triton
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from distily import precision
 from distily.compilation import Compiled
 from distily.config import RunConfig
 from distily.errors import DistilyError, wrong
-from distily.loss.features import decoder_blocks
+from distily.graphs import Graphs
+from distily.loss.features import body, decoder_blocks
 from distily.loss.readouts import final_norm
 
 BACKEND = "inductor"
@@ -49,6 +53,8 @@ class Speed:
     attention: str | None
     """The kernel that SDPA tries first; None: PyTorch's own order."""
     on_gpu: bool
+    graphs: bool | None = False
+    """Whether the models' bodies are replayed as CUDA graphs; None: where the device waits for the host."""
     notes: tuple[str, ...] = ()
     loss: str | None = None
     """How the logit terms are computed, known after a first step on a GPU."""
@@ -77,6 +83,11 @@ class Speed:
         if self.on_gpu:
             order = f"{self.attention}'s kernel first where it can" if self.attention else "PyTorch's own order of kernels"
             words["attention"] = f"in SDPA {order}"
+            words["graphs"] = {
+                None: "student and teacher as CUDA graphs, if the device is seen to wait for the host",
+                True: "student and teacher as CUDA graphs",
+                False: "none",
+            }[self.graphs]
             words |= {"loss": self.loss} if self.loss else {}
             words["data"] = "pinned, copied without waiting, padded to few lengths"
         return words
@@ -109,7 +120,24 @@ def choose(config: RunConfig) -> Speed:
         notes.append(f"speed.attention: {attention} is a kernel for GPUs; PyTorch's own order instead.")
         attention = None
     wide = config.student.dtype in ("float32", "auto")
-    return Speed(chosen, wide and chosen not in ("float32", "fp16"), compiled, attention, on_gpu, tuple(notes))
+    graphs = _graphs(config, on_gpu, notes)
+    return Speed(chosen, wide and chosen not in ("float32", "fp16"), compiled, attention, on_gpu, graphs, tuple(notes))
+
+
+def _graphs(config: RunConfig, on_gpu: bool, notes: list[str]) -> bool | None:
+    wanted = config.speed.graphs
+    refusals = {
+        "they need a GPU": not on_gpu,
+        "what a quantizer's schedule changes would be left out": config.quantizer is not None,
+        "they are for one process": int(os.environ.get("WORLD_SIZE", "1")) > 1,
+        "activations are checkpointed": any(config.train.get(f"{kind}_checkpointing") for kind in ("gradient", "activation")),
+    }
+    reason = next((reason for reason, holds in refusals.items() if holds), None)
+    if reason is None or wanted is False:
+        return wanted
+    if on_gpu or wanted:
+        notes.append(f"speed.graphs: no CUDA graphs, {reason}.")
+    return False
 
 
 def _precision(config: RunConfig, on_gpu: bool, notes: list[str]) -> str:
@@ -145,6 +173,7 @@ class Applied:
         self.speed, self.say = speed, say
         self.models = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
         self._modules = CompiledModules(say)
+        self._graphs = Graphs(speed.graphs, say)
         self._told: set[str] = set()
         self._stack: ExitStack | None = None
 
@@ -164,6 +193,16 @@ class Applied:
         self._stack.close()
         self._stack = None
 
+    @property
+    def held(self) -> int:
+        """Bytes that CUDA graphs keep beside what PyTorch counts as allocated."""
+        return self._graphs.held
+
+    @property
+    def settled(self) -> bool:
+        """Whether further steps like those that were taken run as the last one did."""
+        return self._graphs.settled
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, the models are the plain ones: for evaluation, whose many shapes would each be compiled."""
@@ -182,6 +221,8 @@ class Applied:
             stack.callback(precision.lower(layers, self.speed.precision, backward=role == "student"))
             self._tell(f"Speed, {self.speed.precision}: {len(layers)} linear layers of the {role}.")
         name = model.config.get_text_config()._attn_implementation
+        if self.speed.on_gpu and hasattr(masking_utils, "find_packed_sequence_indices"):
+            stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", _packed_sequences))
         if self.speed.on_gpu and name == "sdpa":
             _register()
             model.set_attn_implementation(RIGHT_PADDED)
@@ -196,6 +237,11 @@ class Applied:
                 stack.callback(delattr, module, "forward")
             limit = 8 + 4 * len(decoder_blocks(model))  # blocks with hooks inside have graphs of their own
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=limit, skip_nnmodule_hook_guards=False))
+        if self.speed.graphs is not False:
+            whole = body(model)
+            whole.forward = MethodType(self._graphs, whole)
+            stack.callback(delattr, whole, "forward")
+            stack.callback(self._graphs.forget)
 
     def _compilable(self, role: str, model: Any) -> bool:
         if getattr(model, "is_quantized", False):
@@ -269,6 +315,13 @@ def _register() -> None:
 
     AttentionInterface.register(RIGHT_PADDED, sdpa_attention_forward)
     AttentionMaskInterface.register(RIGHT_PADDED, mask)
+
+
+def _packed_sequences(position_ids: Tensor) -> Tensor:
+    """Which document of its row each token is in, by positions (B, S) that start anew. transformers' own asks the device, in each
+    forward, whether there is more than one; the collator knows, and gives no positions where there is not.
+    """
+    return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
 
 
 def _autocasting(model: Any, *arguments: Any, **keywords: Any) -> Any:

@@ -305,7 +305,8 @@ def test_blocks_of_any_size_give_the_same():
         parts = loss_and_gradients(["jsd"], True, block_rows=block_rows)
         assert float(parts[0]) == pytest.approx(float(whole[0]), rel=1e-6)
         for mine, theirs in zip(parts[2:], whole[2:], strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-6)
+            # entry by entry up to what rounding each block's part to half precision leaves
+            torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -96,7 +96,7 @@ def test_the_same_bits_twice():
 
 def test_memory_does_not_grow_with_tokens(monkeypatch):
     """Beyond hidden states and their gradient, 32,768 tokens take what 8,192 take; which is what they may take."""
-    monkeypatch.setattr("distily.loss.blocks.MOST_BYTES", 400 * 2**20)
+    monkeypatch.setattr("distily.loss.blocks.MOST_BYTES", 600 * 2**20)
     peaks = []
     for count in (8192, 32768):
         given = head_case(count, 32000, 512)
@@ -106,7 +106,7 @@ def test_memory_does_not_grow_with_tokens(monkeypatch):
         loss_of(*given)
         peaks.append(torch.cuda.max_memory_allocated() - before - 3 * count * 512 * 2)
     assert peaks[1] < 1.1 * peaks[0]
-    assert peaks[1] < 420 * 2**20
+    assert peaks[1] < 620 * 2**20
 
 
 @pytest.mark.parametrize("specs", [("forward_kl",), ("jsd", "cross_entropy"), ("decoupled_kd",)], ids=" + ".join)
@@ -116,9 +116,8 @@ def test_nothing_waits_for_the_gpu(specs):
     driver = tiny.driver(student, teacher, *specs, chunk_rows=None)
     count = torch.tensor(tiny.items([batch]), device="cuda")
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    speed = Speed(
-        "bf16", autocast=False, compiled=False, attention=None, on_gpu=True
-    )  # without it transformers asks for the mask
+    # without it transformers asks for the mask
+    speed = Speed("bf16", autocast=False, compiled=False, attention=None, on_gpu=True)
 
     def step():
         with driver.step(batch, count):

@@ -16,12 +16,19 @@ from distily.speed import Speed
 
 pytest.importorskip("torchao", reason="torchao is not installed")
 EIGHT_BITS = ("fp8", "int8")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+by_row = pytest.mark.skipif(
+    DEVICE == "cpu" and torch.__version__ < "2.13", reason="older PyTorch scales fp8 products by row on a GPU alone"
+)
 
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     """torchao computes fp8 products of training in wider floats where there is no unit for them."""
     import torchao.float8
+
+    if DEVICE == "cuda":
+        return
 
     monkeypatch.setattr(torchao.float8, "Float8LinearConfig", lambda **kw: config(**kw, emulate=True))
     config = torchao.float8.config.Float8LinearConfig
@@ -34,7 +41,7 @@ def applied(kind, student, teacher=None, said=None):
 
 def step(model, length=16):
     """Loss and gradients of a step by parameter."""
-    ids = torch.randint(1, tiny.VOCABULARY, (2, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, tiny.VOCABULARY, (2, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
@@ -46,7 +53,7 @@ def distance(found, expected):
 
 
 def test_only_plain_layers_of_the_blocks_with_dimensions_of_16_are_eligible():
-    model = tiny.model(intermediate_size=40)
+    model = tiny.model(intermediate_size=40).to(DEVICE)
     names = {name for name, module in model.named_modules() if module in precision.eligible(model)}
     projections = ("q_proj", "k_proj", "v_proj", "o_proj")
     assert names == {f"model.layers.{block}.self_attn.{name}" for block in (0, 1) for name in projections}
@@ -54,7 +61,7 @@ def test_only_plain_layers_of_the_blocks_with_dimensions_of_16_are_eligible():
 
 @pytest.mark.parametrize(("kind", "largest"), [("fp8", 0.2), ("int8", 0.05)])
 def test_gradients_of_a_step_are_near_the_plain_ones_and_not_the_same(kind, largest):
-    model = tiny.model().train()
+    model = tiny.model().train().to(DEVICE)
     plain = step(model)
     with applied(kind, model):
         loss, gradients = step(model)
@@ -65,7 +72,7 @@ def test_gradients_of_a_step_are_near_the_plain_ones_and_not_the_same(kind, larg
 
 @pytest.mark.parametrize("kind", EIGHT_BITS)
 def test_a_model_is_the_same_object_by_object_inside_and_plain_afterwards(kind):
-    model = tiny.model().train()
+    model = tiny.model().train().to(DEVICE)
     plain, modules, parameters = step(model), list(model.modules()), list(model.parameters())
     names, attributes = list(model.state_dict()), [set(vars(module)) for module in modules]
     with applied(kind, model):
@@ -80,7 +87,7 @@ def test_a_model_is_the_same_object_by_object_inside_and_plain_afterwards(kind):
 
 @pytest.mark.parametrize("kind", EIGHT_BITS)
 def test_hooks_stay_on_the_layers(kind):
-    model, heard = tiny.model().eval(), []
+    model, heard = tiny.model().eval().to(DEVICE), []
     layer = decoder_blocks(model)[0].mlp.up_proj
     layer.register_forward_hook(lambda *_: heard.append(type(layer)))
     with applied(kind, model):
@@ -92,31 +99,32 @@ def test_hooks_stay_on_the_layers(kind):
 @pytest.mark.parametrize("kind", EIGHT_BITS)
 def test_under_autocast_float32_weights_get_float32_gradients(kind):
     """torchao's fp8 layer reads the GPU's autocast; here its input is in bf16 already."""
-    model = tiny.model().train()
-    with applied(kind, model), torch.autocast("cpu", torch.bfloat16):
+    model = tiny.model().train().to(DEVICE)
+    with applied(kind, model), torch.autocast(DEVICE, torch.bfloat16):
         layer = decoder_blocks(model)[0].mlp.up_proj
-        outputs = layer(torch.randn(2, 16, 32).to(torch.bfloat16))
+        outputs = layer(torch.randn(2, 16, 32, device=DEVICE).to(torch.bfloat16))
         outputs.sum().backward()
     assert outputs.dtype == torch.bfloat16
     assert layer.weight.grad.dtype == torch.float32
 
 
 def test_int8_follows_autocast_on_a_wide_input():
-    layer = nn.Linear(32, 48)
+    layer = nn.Linear(32, 48, device=DEVICE)
     undo = precision.lower([layer], "int8")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(torch.randn(4, 32)).dtype == torch.bfloat16
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert layer(torch.randn(4, 32, device=DEVICE)).dtype == torch.bfloat16
     undo()
 
 
+@by_row
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_teachers_fp8_layer_has_a_scale_for_each_token_and_each_row(dtype):
     """Tokens and rows of the weight of very different size: one scale for all of them would lose the small ones."""
     torch.manual_seed(0)
-    layer = nn.Linear(64, 32, bias=False).to(dtype)
+    layer = nn.Linear(64, 32, bias=False).to(DEVICE, dtype)
     with torch.no_grad():
-        layer.weight.mul_(torch.logspace(-3, 3, 32)[:, None])
-    inputs = (torch.randn(2, 16, 64) * torch.logspace(-3, 3, 16)[:, None]).to(dtype)
+        layer.weight.mul_(torch.logspace(-3, 3, 32, device=DEVICE)[:, None])
+    inputs = (torch.randn(2, 16, 64) * torch.logspace(-3, 3, 16)[:, None]).to(DEVICE, dtype)
     plain = layer(inputs).detach()
     undo = precision.lower([layer], "fp8", backward=False)
     found = layer(inputs)
@@ -126,8 +134,9 @@ def test_a_teachers_fp8_layer_has_a_scale_for_each_token_and_each_row(dtype):
     assert 0 < errors.abs().max() < 0.02
 
 
+@by_row
 def test_a_teachers_fp8_layer_adds_its_bias():
-    layer, inputs = nn.Linear(32, 48), torch.randn(4, 32)
+    layer, inputs = nn.Linear(32, 48, device=DEVICE), torch.randn(4, 32, device=DEVICE)
     with torch.no_grad():
         undo = precision.lower([layer], "fp8", backward=False)
         biased = layer(inputs)
@@ -138,18 +147,20 @@ def test_a_teachers_fp8_layer_adds_its_bias():
         undo()
 
 
+@by_row
 def test_a_teachers_fp8_layer_follows_autocast():
-    layer = nn.Linear(32, 48)
+    layer = nn.Linear(32, 48, device=DEVICE)
     undo = precision.lower([layer], "fp8", backward=False)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert layer(torch.randn(4, 32)).dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        assert layer(torch.randn(4, 32, device=DEVICE)).dtype == torch.bfloat16
     undo()
 
 
+@by_row
 def test_zeros_stay_zeros_in_fp8():
-    layer = nn.Linear(32, 48, bias=False)
+    layer = nn.Linear(32, 48, bias=False, device=DEVICE)
     undo = precision.lower([layer], "fp8", backward=False)
-    assert torch.equal(layer(torch.zeros(4, 32)), torch.zeros(4, 48))
+    assert torch.equal(layer(torch.zeros(4, 32, device=DEVICE)), torch.zeros(4, 48, device=DEVICE))
     undo()
 
 
@@ -169,17 +180,17 @@ def test_where_no_layer_is_eligible_that_is_said():
 
 @pytest.mark.parametrize("kind", EIGHT_BITS)
 def test_a_frozen_layer_of_the_student_hands_its_gradient_on(kind):
-    model = tiny.model().train()
+    model = tiny.model().train().to(DEVICE)
     decoder_blocks(model)[1].requires_grad_(False)
     with applied(kind, model):
-        ids = torch.randint(1, tiny.VOCABULARY, (2, 16))
+        ids = torch.randint(1, tiny.VOCABULARY, (2, 16), device=DEVICE)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert decoder_blocks(model)[0].mlp.up_proj.weight.grad.norm() > 0
 
 
 @pytest.mark.parametrize("kind", EIGHT_BITS)
 def test_a_copy_made_inside_computes_with_its_own_weights(kind):
-    model = tiny.model()
+    model = tiny.model().to(DEVICE)
     with applied(kind, model):
         loss = step(model)[0]
         other = copy.deepcopy(model)

@@ -344,9 +344,10 @@ def loss_and_gradients(specs, fused, count=7, dense=False, block_rows=128, vocab
 def test_the_walk_with_kernels_is_the_walk_without(specs, dense):
     """Within what half precision leaves. A teacher's product is rounded, too, and now and then a draw falls on a neighbour then."""
     fused, plain = (loss_and_gradients(specs, kernels, dense=dense) for kernels in (True, False))
-    tolerance = 2e-2 if dense or not any("sampled" in spec for spec in specs) else 0.2
+    neighbours = not dense and any("sampled" in spec for spec in specs)
+    tolerance = 0.2 if neighbours else 2e-2
     for key, value in fused[0].items():
-        assert float(value) == pytest.approx(float(plain[0][key]), rel=5e-3), key
+        assert float(value) == pytest.approx(float(plain[0][key]), rel=2e-2 if neighbours else 5e-3), key
     for mine, theirs in zip(fused[1], plain[1], strict=True):
         assert float((mine - theirs).norm() / theirs.norm()) < tolerance
     assert not fused[1][1][290:].any(), "the padding of the head got a gradient"
@@ -360,7 +361,8 @@ def test_blocks_of_any_size_give_the_same():
     for key, value in values.items():
         assert float(value) == pytest.approx(float(others[key]), rel=1e-6), key
     for mine, theirs in zip(gradients, other_gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-6)
+        # entry by entry up to what rounding each block's part to half precision leaves
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize(("spec", "name", "parameters"), [

@@ -35,6 +35,12 @@ def traced_not_built(monkeypatch):
 
 
 @pytest.fixture
+def no_gpu(monkeypatch):
+    """A machine without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
 def hopper(monkeypatch):
     """A machine that says it has an H200, torchao and Triton."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -63,11 +69,11 @@ def tokens(length=16):
 
 
 class TestChoice:
-    def test_a_cpu_computes_in_float32_and_compiles_nothing(self):
+    def test_a_cpu_computes_in_float32_and_compiles_nothing(self, no_gpu):
         assert choose(config()) == Speed("float32", autocast=False, compiled=False, attention=None, on_gpu=False)
 
     def test_a_hopper_gpu_gets_bf16_compiled_blocks_and_cudnn(self, hopper):
-        assert choose(config()) == Speed("bf16", autocast=True, compiled=True, attention="cudnn", on_gpu=True)
+        assert choose(config()) == Speed("bf16", autocast=True, compiled=True, attention="cudnn", on_gpu=True, graphs=None)
 
     def test_another_gpu_keeps_pytorchs_order_of_attention_kernels(self, hopper):
         hopper.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
@@ -78,8 +84,14 @@ class TestChoice:
         assert (chosen.precision, chosen.autocast) == ("bf16", False)
 
     def test_the_keys_override_each_choice(self, hopper):
-        chosen = choose(config(speed={"precision": "fp8", "compile": False, "attention": "flash"}))
-        assert (chosen.precision, chosen.compiled, chosen.attention, chosen.notes) == ("fp8", False, "flash", ())
+        chosen = choose(config(speed={"precision": "fp8", "compile": False, "attention": "flash", "graphs": True}))
+        assert (chosen.precision, chosen.compiled, chosen.attention, chosen.graphs, chosen.notes) == (
+            "fp8",
+            False,
+            "flash",
+            True,
+            (),
+        )
         assert choose(config(speed={"precision": "float32"})).autocast is False
 
     def test_fp8_falls_back_to_int8_without_its_units_and_says_why(self, hopper):
@@ -96,7 +108,7 @@ class TestChoice:
         assert chosen.precision == "bf16"
         assert "torchao is not installed" in chosen.notes[0]
 
-    def test_a_cpu_falls_back_with_a_line_for_each(self):
+    def test_a_cpu_falls_back_with_a_line_for_each(self, no_gpu):
         chosen = choose(config(speed={"precision": "fp8", "attention": "cudnn"}))
         assert (chosen.precision, chosen.attention) == ("float32", None)
         assert [re.match(r"speed\.\w+", note)[0] for note in chosen.notes] == [
@@ -116,6 +128,20 @@ class TestChoice:
         chosen = choose(config())
         assert not chosen.compiled
         assert "Triton is missing" in chosen.notes[0]
+
+    @pytest.mark.parametrize(
+        ("values", "processes", "reason"),
+        [
+            ({"train": {"gradient_checkpointing": True}}, "1", "activations are checkpointed"),
+            ({"quantizer": "ternary"}, "1", "what a quantizer's schedule changes would be left out"),
+            ({}, "2", "they are for one process"),
+        ],
+    )
+    def test_where_a_recording_would_not_do_there_are_no_graphs(self, hopper, values, processes, reason):
+        hopper.setenv("WORLD_SIZE", processes)
+        chosen = choose(config(**values))
+        assert chosen.graphs is False
+        assert chosen.notes == (f"speed.graphs: no CUDA graphs, {reason}.",)
 
     @pytest.mark.parametrize(
         ("values", "message"),
@@ -146,6 +172,7 @@ class TestChoice:
             "Speed, compile: decoder blocks, one by one, and the norm after them.",
             "Speed, optimizer: adamw_torch_fused.",
             "Speed, attention: in SDPA cudnn's kernel first where it can.",
+            "Speed, graphs: student and teacher as CUDA graphs, if the device is seen to wait for the host.",
             "Speed, data: pinned, copied without waiting, padded to few lengths.",
         ]
 
@@ -353,7 +380,7 @@ class TestRuns:
                 "teacher": {"model": str(tiny_llama)},
                 "data": {"dataset": str(tiny_text), "max_length": 32, "eval_samples": 2},
                 "speed": {"attention": "cudnn"},
-                "train": {"max_steps": 1},
+                "train": {"max_steps": 1, "use_cpu": True},
                 "output_dir": str(tmp_path / "run"),
             },
             tiny.plugins(),
@@ -365,8 +392,10 @@ class TestRuns:
         assert {"Speed, precision: float32.", *written["notes"]} <= set(said)
 
     @pytest.mark.gpu
+    @pytest.mark.parametrize("packing", [False, True])
+    @pytest.mark.parametrize("graphs", [False, True])
     @pytest.mark.parametrize("kind", ["bf16", "fp8"])
-    def test_no_step_waits_for_the_device(self, kind, tiny_llama, tiny_text, tmp_path, monkeypatch):
+    def test_no_step_waits_for_the_device(self, kind, graphs, packing, tiny_llama, tiny_text, tmp_path, monkeypatch):
         """From the fourth step on, between its beginning and its end, any synchronisation of host and device is an error."""
 
         class Watched(SkipTrained):
@@ -379,9 +408,16 @@ class TestRuns:
 
         monkeypatch.setattr("distily.run.SkipTrained", Watched)
         monkeypatch.setattr(speed, "BACKEND", "inductor")
-        training = {"train": {"max_steps": 8, "logging_steps": 8}, "speed": {"precision": kind}}
-        losses, _, _ = self.losses(tiny_llama, tiny_text, tmp_path / "run", **training)
+        training = {
+            "train": {"max_steps": 8, "logging_steps": 8},
+            "data": {"dataset": str(tiny_text), "max_length": 32, "packing": packing},
+            "speed": {"precision": kind, "graphs": graphs},
+        }
+        if graphs:
+            training["objectives"] = ["forward_kl"]  # features are read by hooks, which keep graphs away
+        losses, _, said = self.losses(tiny_llama, tiny_text, tmp_path / "run", **training)
         assert len(losses) == 1
+        assert not [line for line in said if "graphs: none" in line]
 
     def test_the_choice_is_in_the_dry_run(self, runner, tiny_llama, tiny_text, tmp_path):
         arguments = [
@@ -394,7 +430,7 @@ class TestRuns:
             "--output-dir",
             str(tmp_path / "x"),
         ]
-        result = runner.invoke(main, [*arguments, "--set", "speed.precision=int8"])
+        result = runner.invoke(main, [*arguments, "--set", "speed.precision=int8", "--set", "train.use_cpu=true"])
         assert result.exit_code == 0, result.output
         assert "Speed, precision: float32." in result.output
         assert "speed.precision: int8 cannot be had, it needs a GPU; float32 instead." in result.output

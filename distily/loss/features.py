@@ -37,6 +37,12 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
     raise DistilyError(f"{type(model).__name__}: no list of {count} blocks was found, so features cannot be captured.")
 
 
+def body(model: Any) -> nn.Module:
+    """The module that holds the blocks: from token ids to the last hidden states."""
+    blocks = decoder_blocks(model)
+    return next(module for module in model.modules() if any(child is blocks for child in module.children()))
+
+
 def width(model: Any, feature: Feature) -> int:
     """The last dimension of a feature; for ``attentions``, whose last dimension is the text's, the number of heads."""
     config = model.config.get_text_config()

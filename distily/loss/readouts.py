@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from distily.errors import DistilyError
-from distily.loss.features import decoder_blocks
+from distily.loss.features import body
 from distily.loss.heads import OutputHead
 
 
 def final_norm(model: Any) -> nn.Module:
     """The norm between the last block and the head. Raises ``DistilyError`` where the model has none that can be told."""
-    blocks = decoder_blocks(model)
-    parent = next(module for module in model.modules() if any(child is blocks for child in module.children()))
-    norms = [child for child in parent.children() if "norm" in type(child).__name__.lower()]
+    norms = [child for child in body(model).children() if "norm" in type(child).__name__.lower()]
     if not norms:
         raise DistilyError(f"{type(model).__name__}: no norm was found after its blocks, so a logit lens cannot read them.")
     return norms[-1]

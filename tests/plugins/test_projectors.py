@@ -87,7 +87,8 @@ def test_the_maps_of_an_ensemble_begin_differently():
 def test_pca_of_a_wider_student_gives_all_of_the_teacher_back_from_its_first_channels():
     teacher = rows(40, 4) @ rows(4, 4, 1)
     module = observed(PCA(6, 4), rows(40, 6, 2), teacher)
-    coordinates = torch.linalg.lstsq(module.map.weight.detach(), (teacher - teacher.mean(0)).T).solution.T
+    # not the default driver, whose result depends on what was in its memory before (pytorch issue 187411)
+    coordinates = torch.linalg.lstsq(module.map.weight.detach(), (teacher - teacher.mean(0)).T, driver="gelsd").solution.T
     torch.testing.assert_close(module(coordinates).detach(), teacher)
     assert not module.map.weight[:, 4:].any()
 

@@ -1,0 +1,307 @@
+"""CUDA graphs: the body of a model, its forward and its backward, as work that the host starts at once.
+
+The kernels of a small model are shorter than the host takes to start them one by one, and the device waits. A graph is recorded for each
+shape of the inputs and replayed from then on; what it computes is what the model computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
+from transformers.utils import import_utils
+
+from distily import memory
+from distily.errors import RunError
+from distily.loss.attention import PREFIX
+
+Say = Callable[[str], None]
+VOTES = 8
+"""Forwards of the student at which it is asked whether the device waits for the host."""
+MOST = 32
+"""Graphs of a body; beyond them shapes run as they are."""
+CONSTANTS = (bool, int, float, str, type(None))
+
+
+class Graphs:
+    """Runs the bodies of models by graphs: at once (``wanted``), never (False), or from when the device is seen to wait for the host.
+
+    Stands in as ``forward`` on an instance, as a bound method, so hooks on the body stay around it. A shape is computed plainly the first
+    time. A body that cannot be recorded, since it has hooks inside or waits for the device, is computed plainly and named.
+    """
+
+    def __init__(self, wanted: bool | None, say: Say) -> None:
+        self.wanted, self.say = wanted, say
+        self.held = 0
+        """Bytes that the graphs keep beside what PyTorch counts as allocated."""
+        self._waits = False
+        self._votes: list[bool] = []
+        self._bodies: dict[nn.Module, Body] = {}
+
+    def __call__(self, module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        leaves, structure = pytree.tree_flatten((arguments, keywords))
+        recording = self._recording(module, leaves, structure)
+        if recording is None:
+            return type(module).forward(module, *arguments, **keywords)
+        return recording([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+    @property
+    def settled(self) -> bool:
+        """Whether each shape that was seen is recorded, or will not be."""
+        if self.wanted is None:
+            return False
+        known = (body.recordings.values() for body in self._bodies.values() if not body.refused)
+        return not self.wanted or all(recording is not None for recordings in known for recording in recordings)
+
+    def forget(self) -> None:
+        """Gives the memory of all graphs back; shapes that were seen are recorded again at once."""
+        for body in self._bodies.values():
+            body.lent = None
+            body.recordings.update(dict.fromkeys(body.recordings))
+        self.held = 0
+
+    def _recording(self, module: nn.Module, leaves: list[Any], structure: Any) -> Recording | None:
+        """What to replay; None: compute it as it is."""
+        if self.wanted is False or not all(map(_can_be_kept, leaves)):
+            return None
+        if module not in self._bodies:
+            self._bodies[module] = Body(module)
+        body = self._bodies[module]
+        key = (_state(module), structure, *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+        if body.refused or key not in body.recordings:
+            if len(body.recordings) < MOST:
+                body.recordings[key] = None
+            return None
+        if self.wanted is None:
+            self._ask(torch.is_grad_enabled())
+            return None
+        recording = body.recordings[key]
+        if recording is None or not recording.holds():
+            body.recordings[key] = None
+            recording, body.refused = body.record(leaves, structure)
+            body.recordings[key] = recording
+            self.held = memory.kept_by_graphs()
+            if body.refused:
+                self.say(f"Speed, graphs: none of {type(module).__name__}, {body.refused}.")
+        return recording
+
+    def _ask(self, trained: bool) -> None:
+        """At each forward of a step: has the device done all that it was given? The student's is a step's last one."""
+        self._waits |= torch.cuda.current_stream().query()
+        if not trained:
+            return
+        self._votes.append(self._waits)
+        self._waits = False
+        if len(self._votes) == VOTES:
+            self.wanted = sum(self._votes) > VOTES // 2
+            found = f"the device waited for the host in {sum(self._votes)} of {VOTES} steps"
+            self.say(f"Speed, graphs: {'student and teacher are replayed as CUDA graphs' if self.wanted else 'none'}, {found}.")
+
+
+class Body:
+    """A model's body and its recordings. They share their memory, since no two of them are needed at a time."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.refused: str | None = None
+        self.recordings: dict[Any, Recording | None] = {}
+        self.pool: Any = None
+        self.turn = 0
+        """Counts replays: between a forward and its backward there may be no other."""
+        self.lent: Recording | None = None
+        """The recording whose gradients autograd may hold, in the memory that the next replay writes to."""
+
+    def record(self, leaves: Sequence[Any], structure: Any) -> tuple[Recording | None, str | None]:
+        """The recording for some inputs, or why there is none."""
+        reason = _obstacle(self.module)
+        if reason is None:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            try:
+                return Recording(self, leaves, structure), None
+            except torch.OutOfMemoryError:
+                reason = "the memory does not suffice"
+            except RuntimeError as error:
+                reason = f"recording it failed: {' '.join(str(error).split())[:150]}"
+        return None, reason
+
+    def begin(self) -> int:
+        """A replay begins: its number. Gradients of an earlier micro-batch move out of the memory that it writes to."""
+        self.turn += 1
+        if self.lent is not None:
+            self.lent.release()
+            self.lent = None
+        return self.turn
+
+
+class Recording:
+    """The graph of one body at one shape of its inputs, and of its backward where there is one."""
+
+    def __init__(self, body: Body, leaves: Sequence[Any], structure: Any) -> None:
+        self.body, module = body, body.module
+        self._tables = [
+            (table, name, tensor, tensor.data_ptr())
+            for part in module.modules()
+            for table in (part._parameters, part._buffers)
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
+        self._hooks = RemovableHandle.next_id
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad and torch.is_grad_enabled()]
+        self._inputs = [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
+        kept = iter(self._inputs)
+        arguments, keywords = pytree.tree_unflatten(
+            [next(kept) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
+        )
+
+        def forward() -> list[Any]:
+            outputs, self._structure = pytree.tree_flatten(type(module).forward(module, *arguments, **keywords))
+            return outputs
+
+        _rehearse(forward, self.parameters)
+        body.begin()
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with _recorded(self.forward, body.pool):
+            outputs = forward()
+        self.ends = [place for place, output in enumerate(outputs) if isinstance(output, Tensor) and output.requires_grad]
+        ends = [outputs[place] for place in self.ends]
+        self.above = [torch.zeros_like(end) for end in ends]
+        self.gradients: list[Tensor | None] = []
+        if ends:
+            with _recorded(self.backward, body.pool):
+                self.gradients = list(torch.autograd.grad(ends, self.parameters, self.above, allow_unused=True))
+        self.outputs = [output.detach() if isinstance(output, Tensor) else output for output in outputs]
+
+    def holds(self) -> bool:
+        """Whether the body still is what was recorded: its tensors in their places, no hooks inside."""
+        if self._hooks != RemovableHandle.next_id:
+            self._hooks = RemovableHandle.next_id
+            if _obstacle(self.body.module):
+                return False
+        return all(table.get(name) is tensor and tensor.data_ptr() == place for table, name, tensor, place in self._tables)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        for mine, given in zip(self._inputs, tensors, strict=True):
+            mine.copy_(given)
+        outputs = list(self.outputs)
+        if self.ends:
+            found = _Replayed.apply(self, *self.parameters)
+            for place, output in zip(self.ends, found, strict=True):
+                outputs[place] = output
+        else:
+            self.body.begin()
+            self.forward.replay()
+        return pytree.tree_unflatten(outputs, self._structure)
+
+    def release(self) -> None:
+        """Gradients that autograd left in the graph's memory become parameters' own."""
+        pairs = [
+            (parameter, parameter.grad)
+            for parameter, gradient in zip(self.parameters, self.gradients, strict=True)
+            if gradient is not None and parameter.grad is not None and parameter.grad.data_ptr() == gradient.data_ptr()
+        ]
+        if pairs:
+            copies = torch._foreach_mul([gradient for _, gradient in pairs], 1.0)
+            for (parameter, _), copy in zip(pairs, copies, strict=True):
+                parameter.grad = copy
+
+
+class _Replayed(torch.autograd.Function):
+    """A recorded forward, and its backward by the recorded one."""
+
+    @staticmethod
+    def forward(context: Any, recording: Recording, *parameters: Tensor) -> tuple[Tensor, ...]:
+        context.recording, context.turn = recording, recording.body.begin()
+        recording.forward.replay()
+        return tuple(recording.outputs[place].detach() for place in recording.ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        recording: Recording = context.recording
+        body = recording.body
+        if body.turn != context.turn:
+            raise RunError(
+                "a model ran again between its forward and its backward, which its CUDA graph cannot; speed.graphs=false can."
+            )
+        body.begin()
+        for mine, given in zip(recording.above, above, strict=True):
+            mine.copy_(given)
+        recording.backward.replay()
+        body.lent = recording
+        return None, *(gradient if gradient is None else gradient.detach() for gradient in recording.gradients)
+
+
+def _can_be_kept(leaf: Any) -> bool:
+    return leaf.is_cuda and not leaf.requires_grad if isinstance(leaf, Tensor) else isinstance(leaf, CONSTANTS)
+
+
+def _state(module: nn.Module) -> tuple[Any, ...]:
+    """What else decides what a forward computes."""
+    return module.training, torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why a body cannot be recorded, as far as it can be told without running it."""
+    config: Any = getattr(module, "config", None)
+    if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+        return "its activations are checkpointed"
+    if module.training and any(getattr(config, name, 0.0) for name in ("layerdrop", "decoder_layerdrop")):
+        return "the host draws which blocks it runs"
+    if str(getattr(config, "_attn_implementation", "")).startswith(PREFIX):
+        return "its attention scores are read"
+    if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules() if part is not module):
+        return "it has hooks inside, such as those that read features"
+    return None
+
+
+def _rehearse(body: Callable[[], list[Any]], parameters: Sequence[Tensor]) -> None:
+    """Runs forward and backward once, where waiting for the device is an error: in a recording it would be a worse one."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ends = [output for output in body() if isinstance(output, Tensor) and output.requires_grad]
+        if ends:
+            torch.autograd.grad(ends, parameters, [torch.zeros_like(end) for end in ends], allow_unused=True)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextmanager
+def _recorded(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """Records what is inside, which takes the path that it takes outside: nothing is compiled, and transformers is not told."""
+    stream = torch.cuda.current_stream()
+    torch.clear_autocast_cache()  # casts of weights are the graph's own
+    try:
+        with (
+            patch.object(import_utils, "is_cuda_stream_capturing", return_value=False, create=True),
+            torch.compiler.set_stance("fail_on_recompile"),
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
+            yield
+    except RuntimeError:
+        torch.cuda.set_stream(stream)
+        _mend(pool)
+        raise
+    finally:
+        torch.clear_autocast_cache()
+
+
+def _mend(pool: Any) -> None:
+    """After a recording that failed, PyTorch's allocator and its random numbers take themselves to be in it still."""
+    with suppress(RuntimeError):  # they do not where it was ended in order
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros(1, device="cuda").normal_()
+
+
+def _reason(error: RuntimeError) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the memory does not suffice"
+    return f"recording it failed: {' '.join(str(error).split())[:150]}"

@@ -1,0 +1,248 @@
+"""CUDA graphs compute what the models compute, are used where they help, and step aside where they cannot be."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from distily.batch import model_inputs, moved
+from distily.errors import RunError
+from distily.graphs import VOTES, Graphs
+from distily.loss.features import FeatureCapture, body, decoder_blocks
+from distily.speed import Speed
+
+on_gpu = pytest.mark.gpu
+
+
+def speed(graphs=True, **values):
+    return Speed(
+        **{"precision": "bf16", "autocast": False, "compiled": False, "attention": None, "on_gpu": True, **values}, graphs=graphs
+    )
+
+
+def model(architecture="llama", seed=0, dtype=torch.float32, **overrides):
+    return tiny.model(architecture, seed, dtype, **overrides).cuda()
+
+
+def batch(seed=0, length=16):
+    ids = torch.randint(1, tiny.VOCABULARY, (2, length), generator=torch.Generator().manual_seed(seed)).cuda()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def gradients(student, *batches):
+    """Of a loss of the logits summed over batches, one backward for each; all in one vector, the losses first."""
+    student.zero_grad()
+    losses = []
+    for each in batches:
+        loss = student(**each, use_cache=False).logits.float().log_softmax(-1)[..., 3].mean()
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.cat([torch.stack(losses), *(parameter.grad.float().flatten() for parameter in student.parameters())])
+
+
+class Device:
+    """A device that is idle, or not, when it is asked."""
+
+    def __init__(self, idle):
+        self.query = lambda: idle
+
+
+class TestChoice:
+    @pytest.mark.parametrize(("idle", "line"), [(True, "student and teacher are replayed as CUDA graphs"), (False, "none")])
+    def test_it_depends_on_whether_the_device_waits(self, idle, line, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Device(idle))
+        said = []
+        graphs = Graphs(None, said.append)
+        for _ in range(VOTES):
+            graphs._ask(trained=False)
+            graphs._ask(trained=True)
+        assert graphs.wanted is idle
+        assert said == [f"Speed, graphs: {line}, the device waited for the host in {VOTES * idle} of {VOTES} steps."]
+
+    def test_never_means_as_it_is(self):
+        layer = nn.Linear(2, 2)
+        assert torch.equal(Graphs(False, print)(layer, torch.ones(1, 2)), layer(torch.ones(1, 2)))
+
+    def test_what_is_not_on_a_gpu_runs_as_it_is(self):
+        layer, graphs = nn.Linear(2, 2), Graphs(True, print)
+        for _ in range(3):
+            assert torch.equal(graphs(layer, torch.ones(1, 2)), layer(torch.ones(1, 2)))
+
+    @on_gpu
+    def test_a_tiny_model_makes_the_device_wait(self):
+        student, said = model().train(), []
+        with speed(None).applied(student, say=said.append) as applied:
+            for _ in range(VOTES + 2):
+                assert not applied.settled
+                gradients(student, batch())
+            assert applied.settled
+            assert applied.held > 0
+        assert len(said) == 1
+        assert "student and teacher are replayed" in said[0]
+        assert applied.held == 0
+
+
+@on_gpu
+class TestValues:
+    @pytest.mark.parametrize("architecture", [name for name in tiny.SHAPES if name != "gemma2"])  # whose attention is eager
+    def test_losses_and_gradients_are_the_models_own(self, architecture):
+        student, said = model(architecture).train(), []
+        shapes = [(1, 16), (2, 16), (3, 24), (4, 16), (5, 24), (6, 24)]
+        plain = [gradients(student, batch(*shape)) for shape in shapes]
+        with speed().applied(student, say=said.append):
+            found = [gradients(student, batch(*shape)) for shape in shapes]
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
+        assert not said
+
+    @pytest.mark.parametrize(("precision", "autocast"), [("bf16", True), ("bf16", False), ("fp8", True)])
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_in_less_precision_and_compiled(self, precision, autocast, compiled):
+        torch._dynamo.reset()
+        student, said = model(dtype=torch.float32 if autocast else torch.bfloat16, hidden_size=64).train(), []
+        found = []
+        for graphs in (False, True):
+            chosen = speed(graphs, precision=precision, compiled=compiled)
+            with chosen.applied(student, say=said.append), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                found.append([gradients(student, batch(seed)) for seed in (1, 2, 3)])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+        assert not [line for line in said if "none" in line]
+
+    def test_micro_batches_add_up(self):
+        student = model().train()
+        batches = [batch(seed) for seed in range(4)]
+        plain = gradients(student, *batches)
+        with speed().applied(student):
+            gradients(student, batch())
+            for _ in range(2):
+                torch.testing.assert_close(gradients(student, *batches), plain, rtol=1e-5, atol=1e-6)
+
+    def test_a_whole_step_with_a_teacher_of_its_own_precision(self):
+        found = []
+        for graphs in (False, True):
+            student, teacher = model(seed=1).train(), model(seed=2, dtype=torch.bfloat16)
+            driver = tiny.driver(student, teacher, "forward_kl", "cross_entropy", chunk_rows=None)
+            batches = [moved(tiny.collate(tiny.documents(4, seed, 14, 14)), "cuda") for seed in range(3)]
+            optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2, fused=True)
+            losses = []
+            with speed(graphs).applied(student, teacher):
+                for _ in range(3):
+                    for each in batches:
+                        with driver.step(each):
+                            loss = student(**model_inputs(each), use_cache=False)["loss"]
+                        loss.backward()
+                        losses.append(float(loss.detach()))
+                    optimizer.step()
+                    optimizer.zero_grad()
+            found.append(losses)
+        assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+    def test_dropout_draws_anew_in_each_replay(self):
+        student = model("gpt2", resid_pdrop=0.5).train()
+        with speed().applied(student):
+            drawn = [gradients(student, batch())[0] for _ in range(4)]
+            assert len({float(loss) for loss in drawn}) == 4
+            torch.manual_seed(5)
+            first = [gradients(student, batch())[0] for _ in range(2)]
+            torch.manual_seed(5)
+            assert [gradients(student, batch())[0] for _ in range(2)] == first
+
+    def test_packed_documents_are_recorded_too(self):
+        student, said = model().train(), []
+        ids = batch()["input_ids"]
+        packed = {"input_ids": ids, "position_ids": torch.cat([torch.arange(9), torch.arange(7)]).expand(2, -1).cuda()}
+        plain = gradients(student, packed)
+        with speed().applied(student, say=said.append) as applied:
+            found = [gradients(student, packed) for _ in range(3)]
+            assert applied.held > 0
+        torch.testing.assert_close(found, [plain] * 3, rtol=1e-5, atol=1e-6)
+        assert not said
+
+
+@on_gpu
+class TestStandingAside:
+    def test_hooks_inside_are_heard(self):
+        teacher, said, wanted = model(), [], ("hidden_states", 1)
+        capture = FeatureCapture(teacher, [wanted])
+        with speed().applied(teacher, say=said.append), torch.no_grad():
+            for seed in range(3):
+                with capture.opened() as tensors:
+                    teacher(**batch(seed), use_cache=False)
+                    assert capture.feature(wanted, tensors).shape == (2, 16, 32)
+        assert said == ["Speed, graphs: none of LlamaModel, it has hooks inside, such as those that read features."]
+
+    def test_hooks_that_come_after_the_recording_are_heard(self):
+        teacher, heard = model(), []
+        with speed().applied(teacher, say=heard.append), torch.no_grad():
+            for _ in range(3):
+                teacher(**batch(), use_cache=False)
+            assert not heard
+            decoder_blocks(teacher)[0].mlp.up_proj.register_forward_hook(lambda *_: heard.append(1))
+            teacher(**batch(), use_cache=False)
+        assert heard[-1] == 1
+
+    @pytest.mark.parametrize("harm", ["waits", "fails"])
+    def test_a_body_that_cannot_be_recorded_runs_as_it_is_and_is_named(self, harm, monkeypatch):
+        """One waits for the device, which a rehearsal finds; the other does so where no rehearsal can tell."""
+        student, said = model().train(), []
+        kind = type(decoder_blocks(student)[0].mlp)
+        original = kind.forward
+
+        def forward(self, hidden):
+            if harm == "waits":
+                hidden = hidden * float(hidden.abs().max() > -1)
+            else:
+                torch.cuda.synchronize()
+            return original(self, hidden)
+
+        monkeypatch.setattr(kind, "forward", forward)
+        plain = gradients(student, batch())
+        with speed().applied(student, say=said.append):
+            for _ in range(3):
+                torch.testing.assert_close(gradients(student, batch()), plain, rtol=1e-5, atol=1e-6)
+        assert len(said) == 1
+        assert "none of LlamaModel, recording it failed" in said[0]
+        torch.nn.functional.dropout(torch.ones(100, device="cuda"))  # random numbers and memory are whole
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        torch.cuda.empty_cache()
+
+    def test_activations_that_are_checkpointed(self):
+        student, said = model().train(), []
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+        with speed().applied(student, say=said.append):
+            for _ in range(3):
+                gradients(student, batch())
+        assert said == ["Speed, graphs: none of LlamaModel, its activations are checkpointed."]
+
+    def test_weights_that_were_replaced_are_recorded_anew(self):
+        teacher = model()
+        with speed().applied(teacher), torch.no_grad():
+            for _ in range(3):
+                teacher(**batch(), use_cache=False)
+            block = decoder_blocks(teacher)[0]
+            block.mlp.up_proj.weight = nn.Parameter(block.mlp.up_proj.weight * 2.0, requires_grad=False)
+            block.mlp.down_proj.weight.data = block.mlp.down_proj.weight.data * 3.0
+            found = teacher(**batch(), use_cache=False).logits
+        with torch.no_grad():
+            torch.testing.assert_close(found, teacher(**batch(), use_cache=False).logits, rtol=1e-5, atol=1e-5)
+
+    def test_a_second_forward_before_the_backward_is_an_error_not_a_wrong_gradient(self):
+        student = model().train()
+        with speed().applied(student):
+            gradients(student, batch())
+            first = student(**batch(1), use_cache=False).logits.mean()
+            student(**batch(2), use_cache=False)
+            with pytest.raises(RunError, match=r"speed\.graphs=false"):
+                first.backward()
+
+    def test_evaluation_and_inputs_with_a_gradient_are_left_alone(self):
+        student = model().train()
+        with speed().applied(student) as applied:
+            embedded = student.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
+            for _ in range(3):
+                student(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
+            assert embedded.grad is not None
+            assert applied.held == 0
+            with applied.paused():
+                assert "forward" not in vars(body(student))
