@@ -5,6 +5,7 @@ The paper's count: multiplications and additions of the matrix products and of c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from distily.benchmark import Stopwatch, synchronize
 from distily.data import Collator
 from distily.sources import DEMO
 
+LEAST_OPERATIONS = 3e11
+"""Of the products that are timed together."""
 SPREAD = 0.05
 """Standard deviation of the random weights: a teacher sure enough of its tokens that the loss is not nearly 0."""
 
@@ -115,14 +118,15 @@ def rate_of_products(case: Case, device: torch.device, repeats: int = 20) -> flo
     best = 0.0
     for rows, inner, columns in shapes:
         first, second = (torch.randn(size, device=device, dtype=torch.bfloat16) for size in ((rows, inner), (inner, columns)))
-        for _ in range(3):
-            first @ second
+        operations = 2 * rows * inner * columns
+        several = min(50, math.ceil(LEAST_OPERATIONS / operations))  # a short product would be timed with its start
         watch = Stopwatch(device)
-        for _ in range(repeats):
-            watch.mark("product")
-            first @ second
-            watch.mark("product, done")
+        for _ in range(3 + repeats):
+            watch.mark("products")
+            for _ in range(several):
+                first @ second
+            watch.mark("products, done")
         synchronize(device)
-        times = sorted(watch.between("product", "product, done"))
-        best = max(best, 2e3 * rows * inner * columns / times[len(times) // 2])
+        times = sorted(watch.between("products", "products, done")[3:])
+        best = max(best, 1e3 * several * operations / times[len(times) // 2])
     return best
