@@ -115,13 +115,13 @@ COMPOSED = (
     ("trl chunked", "forward_kl", "compiled", "bf16"),
     ("liger fused JSD", "forward_kl", "compiled", "bf16"),
     ("naive, compiled", "forward_kl", "compiled", "bf16"),
+    ("liger fused KL", "forward_kl", "reduce-overhead", "bf16"),
+    ("naive, compiled", "forward_kl", "reduce-overhead", "bf16"),
     ("liger chunked, compiled", "forward_kl", "compiled", "bf16"),
     ("trl chunked", "forward_kl", "compiled", "fp32, autocast"),
     ("trl chunked", "jsd", "compiled", "bf16"),
     ("liger fused JSD", "jsd", "compiled", "bf16"),
     ("naive", "forward_kl", "eager", "bf16"),
-    ("liger fused KL", "forward_kl", "reduce-overhead", "bf16"),
-    ("naive, compiled", "forward_kl", "reduce-overhead", "bf16"),
 )
 
 
