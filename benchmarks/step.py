@@ -47,7 +47,8 @@ FIRST_ROUND = 0.65
 def round_of(contender: Contender, case: Case, repeats: int, device: torch.device) -> dict[str, Any]:
     """Fresh models, a few steps to warm up, then ``repeats`` timed ones."""
     clear(device)
-    before = allocated() if device.type == "cuda" else 0
+    kept = memory.kept_by_graphs() if device.type == "cuda" else 0  # of contenders before, by torch.compile
+    before = torch.cuda.memory_allocated() + kept if device.type == "cuda" else 0
     with contender.opened(case, device) as step:
         began = time.perf_counter()
         losses = [step()]
@@ -68,17 +69,12 @@ def round_of(contender: Contender, case: Case, repeats: int, device: torch.devic
         if device.type == "cuda":
             found |= {
                 "peak": torch.cuda.max_memory_allocated() + memory.kept_by_graphs() - before,
-                "reserved": torch.cuda.max_memory_reserved(),
+                "reserved": torch.cuda.max_memory_reserved() - kept,
                 "left": before,
             }
     if not all(map(math.isfinite, found["losses"])):
         raise ArithmeticError(f"losses {found['losses'][0]} … {found['losses'][-1]}")
     return found
-
-
-def allocated() -> int:
-    """Bytes on the GPU, those of CUDA graphs included."""
-    return torch.cuda.memory_allocated() + memory.kept_by_graphs()
 
 
 def clear(device: torch.device) -> None:

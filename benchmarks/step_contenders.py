@@ -20,7 +20,6 @@ import torch._functorch.config as functorch
 from loss_head_problem import Problem
 from step_problem import Case, tokenizer
 from torch import Tensor, nn
-from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 from transformers.integrations.liger import apply_liger_kernel
 
 from distily.bare import BareTraining
@@ -158,12 +157,8 @@ def composed(head: loss_head_contenders.Contender, how: str, weights: str) -> Co
             optimizer.zero_grad()
             return loss.detach()
 
-        try:
-            with attention(device) if how != "eager" else nullcontext():
-                yield step
-        finally:
-            if how == "reduce-overhead":
-                reset_cudagraph_trees()  # their memory would stay with the next contender
+        with attention(device) if how != "eager" else nullcontext():
+            yield step
 
     return Contender(f"{how} + {head.name}", head.objective, weights, f"{HOW[how]}; {head.flags}", opened)
 
