@@ -4,7 +4,8 @@
 
 Text: Python sources that are on this machine, the standard library's and PyTorch's, in an order drawn once; or --text FILE. Whole files
 are held out, chosen by a hash of their name. The tokenizer is the demo's.
-Teacher: a Llama of width 768 and 12 blocks, trained here on labels for 0.3 of the time. Student: half its blocks, copied, float32
+Teacher: a Llama of width 768 and 12 blocks, trained here on labels for 0.3 of the time, and not beyond three passes over the text,
+with which it would learn it by heart. Student: half its blocks, copied, float32
 weights; forward KL. All students see the same batches of a seed; only `speed.precision` differs, which in 8 bits covers the student's
 forward and backward and the teacher's forward. Measured is always the plain model, in bf16, against the plain teacher.
 The number of steps is the same for all, and what fits into --minutes, as a few steps of each precision take.
@@ -47,6 +48,8 @@ SHAPES = {
 }
 METRICS = {"agreement_kl": "held-out KL", "perplexity": "held-out perplexity", "agreement_top1": "same first token"}
 TEACHER_SHARE, RESERVE = 0.3, 1.1
+PASSES = 3
+"""Of the teacher over its text, at most."""
 PILOT, EVERY = 40, 10
 HELD_OUT = 40
 """One file of so many is held out."""
@@ -154,7 +157,8 @@ def teach(config: dict[str, Any], shape: dict[str, int], seconds: float, trainin
     began = time.monotonic()
     _, pilot = trainings.one(parts, PILOT, 1e-3, evaluate=False)
     left = seconds - (time.monotonic() - began)
-    steps = max(PILOT, int(left / (RESERVE * pilot["seconds a step"])) // EVERY * EVERY)
+    most = PASSES * len(parts.data.train) / parts.config.train["per_device_train_batch_size"]
+    steps = max(PILOT, int(min(most, left / (RESERVE * pilot["seconds a step"]))) // EVERY * EVERY)
     student, figures = trainings.one(parts, steps, 1e-3)
     student.save_pretrained(folder)
     return figures
