@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import random
 import statistics
 import sysconfig
@@ -195,11 +196,16 @@ def compare(
 # The page.
 
 
-def page(run: dict[str, Any]) -> str:
+def page(runs: Sequence[dict[str, Any]]) -> str:
+    lines = ["# 8 bits beside bf16: what a student learns", "", "What is measured and how: `benchmarks/precision.py`.", ""]
+    return "\n".join(lines + [line for run in runs for line in section(run)]).rstrip() + "\n"
+
+
+def section(run: dict[str, Any]) -> list[str]:
     rows, teacher = run["rows"], run["teacher"]
     first = rows[0]["precision"]
     seeds = sorted({row["seed"] for row in rows})
-    lines = ["# 8 bits beside bf16: what a student learns", "", "What is measured and how: `benchmarks/precision.py`.", ""]
+    lines = [f"## Run of {run['provenance']['day']}, {1e3 * teacher['seconds a step']:.0f} ms a step of the teacher", ""]
     lines += [
         sentence(run["provenance"]),
         clocks_sentence(run["clocks"]),
@@ -209,7 +215,8 @@ def page(run: dict[str, Any]) -> str:
     lines += [f"Text: {run['text']}. Data: {run['data']}."]
     lines += [
         f"Teacher: {run['parameters']['teacher']:,} parameters, {teacher['steps']:,} steps on labels, held-out perplexity "
-        f"{teacher['perplexity']:.4g}. Students: {run['parameters']['student']:,} parameters, {run['steps']:,} steps of "
+        f"{teacher['perplexity']:.4g} (that of its last training batches {math.exp(teacher['losses'][-1]):.3g}). Students: "
+        f"{run['parameters']['student']:,} parameters, {run['steps']:,} steps of "
         f"{run['batch'][0]} × {run['batch'][1]} tokens at most, {len(seeds)} seeds.",
         "",
         "| precision | " + " | ".join(METRICS.values()) + " | ms a step |",
@@ -227,7 +234,7 @@ def page(run: dict[str, Any]) -> str:
             lines += [f"**{name} − {first}, seed by seed: {_difference(own, by_precision[first])}.**", ""]
     lines += ["| seed | precision | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 2) + "|"]
     lines += [f"| {row['seed']} | {row['precision']} | {' | '.join(f'{row[key]:.5g}' for key in METRICS)} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return [*lines, ""]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -295,7 +302,7 @@ def main() -> None:
             "clocks": clocks.since(began),
             "provenance": provenance("torchao"),
         }
-    written = page(run)
+    written = page([run])
     print(f"{written}\nTook {time.monotonic() - began:.0f} s.", flush=True)
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
