@@ -11,7 +11,8 @@ time      median of the repeats, by CUDA events, without waiting between steps u
 MFU       operations that the step must do (step_problem.py) ÷ time ÷ ceiling; the ceiling is the best rate of a block's product in
           bf16, measured at the start. Above 1 is possible in 8 bits.
 memory    the highest of a round after warming up: allocated, with what CUDA graphs keep, and reserved by the allocator. Weights,
-          gradients, optimizer included.
+          gradients, optimizer included. torch.compile's graphs stay after a round; what they keep is taken off from the next ones,
+          also from a later contender that computes in it, so of two by reduce-overhead the second one shows too little.
 loss      of the first step and of the last one of a round.
 first     seconds of the first step of round 1, with whatever is compiled in it.
 

@@ -23,10 +23,13 @@ from distily.errors import RunError
 from distily.loss.attention import PREFIX
 
 Say = Callable[[str], None]
-VOTES = 8
-"""Forwards of the student at which it is asked whether the device waits for the host."""
+ASKED, SIGNS = 8, 2
+"""Forwards of the student at which it is asked whether the device waits for the host, and how often that is no accident: a device that
+is the limit is never seen to wait there, behind the teacher's forward.
+"""
 MOST = 32
 """Graphs of a body; beyond them shapes run as they are."""
+NO_ROOM = "the memory does not suffice"
 CONSTANTS = (bool, int, float, str, type(None))
 
 
@@ -41,8 +44,7 @@ class Graphs:
         self.wanted, self.say = wanted, say
         self.held = 0
         """Bytes that the graphs keep beside what PyTorch counts as allocated."""
-        self._waits = False
-        self._votes: list[bool] = []
+        self._waited: list[bool] = []
         self._bodies: dict[nn.Module, Body] = {}
 
     def __call__(self, module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
@@ -80,7 +82,8 @@ class Graphs:
                 body.recordings[key] = None
             return None
         if self.wanted is None:
-            self._ask(torch.is_grad_enabled())
+            if torch.is_grad_enabled():
+                self._ask()
             return None
         recording = body.recordings[key]
         if recording is None or not recording.holds():
@@ -92,16 +95,12 @@ class Graphs:
                 self.say(f"Speed, graphs: none of {type(module).__name__}, {body.refused}.")
         return recording
 
-    def _ask(self, trained: bool) -> None:
-        """At each forward of a step: has the device done all that it was given? The student's is a step's last one."""
-        self._waits |= torch.cuda.current_stream().query()
-        if not trained:
-            return
-        self._votes.append(self._waits)
-        self._waits = False
-        if len(self._votes) == VOTES:
-            self.wanted = sum(self._votes) > VOTES // 2
-            found = f"the device waited for the host in {sum(self._votes)} of {VOTES} steps"
+    def _ask(self) -> None:
+        """Has the device done all that it was given?"""
+        self._waited.append(torch.cuda.current_stream().query())
+        if len(self._waited) == ASKED:
+            self.wanted = sum(self._waited) >= SIGNS
+            found = f"the device waited for the host in {sum(self._waited)} of {ASKED} steps"
             self.say(f"Speed, graphs: {'student and teacher are replayed as CUDA graphs' if self.wanted else 'none'}, {found}.")
 
 
@@ -120,13 +119,13 @@ class Body:
 
     def record(self, leaves: Sequence[Any], structure: Any) -> tuple[Recording | None, str | None]:
         """The recording for some inputs, or why there is none."""
-        reason = _obstacle(self.module)
+        reason = _obstacle(self.module) or (None if _fits(self.module) else NO_ROOM)
         if reason is None:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             try:
                 return Recording(self, leaves, structure), None
             except torch.OutOfMemoryError:
-                reason = "the memory does not suffice"
+                reason = NO_ROOM
             except RuntimeError as error:
                 reason = f"recording it failed: {' '.join(str(error).split())[:150]}"
         return None, reason
@@ -259,6 +258,14 @@ def _obstacle(module: nn.Module) -> str | None:
     if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules() if part is not module):
         return "it has hooks inside, such as those that read features"
     return None
+
+
+def _fits(module: nn.Module) -> bool:
+    """Whether there is memory for what a step took at its peak twice, for the graph and for what it cannot share, and for gradients."""
+    allocated = torch.cuda.memory_allocated()
+    step = torch.cuda.max_memory_allocated() - allocated
+    gradients = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - allocated >= 2 * step + gradients
 
 
 def _rehearse(body: Callable[[], list[Any]], parameters: Sequence[Tensor]) -> None:

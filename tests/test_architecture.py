@@ -30,6 +30,7 @@ LAYERS = [
         "batch",
         "products",
         "compilation",
+        "graphs",
         "kernels.__init__",
         "kernels.forms",
         "kernels.products",

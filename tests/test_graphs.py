@@ -9,7 +9,7 @@ from torch import nn
 
 from distily.batch import model_inputs, moved
 from distily.errors import RunError
-from distily.graphs import VOTES, Graphs
+from distily.graphs import ASKED, Body, Graphs, _fits
 from distily.loss.features import FeatureCapture, body, decoder_blocks
 from distily.speed import Speed
 
@@ -50,16 +50,18 @@ class Device:
 
 
 class TestChoice:
-    @pytest.mark.parametrize(("idle", "line"), [(True, "student and teacher are replayed as CUDA graphs"), (False, "none")])
-    def test_it_depends_on_whether_the_device_waits(self, idle, line, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Device(idle))
+    @pytest.mark.parametrize(("waits", "chosen"), [(0, False), (1, False), (2, True), (ASKED, True)])
+    def test_it_depends_on_whether_the_device_waits(self, waits, chosen, monkeypatch):
+        idle = iter([True] * waits + [False] * (ASKED - waits))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Device(next(idle)))
         said = []
         graphs = Graphs(None, said.append)
-        for _ in range(VOTES):
-            graphs._ask(trained=False)
-            graphs._ask(trained=True)
-        assert graphs.wanted is idle
-        assert said == [f"Speed, graphs: {line}, the device waited for the host in {VOTES * idle} of {VOTES} steps."]
+        for _ in range(ASKED):
+            assert graphs.wanted is None
+            graphs._ask()
+        assert graphs.wanted is chosen
+        line = "student and teacher are replayed as CUDA graphs" if chosen else "none"
+        assert said == [f"Speed, graphs: {line}, the device waited for the host in {waits} of {ASKED} steps."]
 
     def test_never_means_as_it_is(self):
         layer = nn.Linear(2, 2)
@@ -70,11 +72,27 @@ class TestChoice:
         for _ in range(3):
             assert torch.equal(graphs(layer, torch.ones(1, 2)), layer(torch.ones(1, 2)))
 
+    @pytest.mark.parametrize(("free", "reserved", "enough"), [(899, 1000, False), (900, 1000, True), (500, 1400, True)])
+    def test_a_step_must_fit_beside_its_graphs(self, free, reserved, enough, monkeypatch):
+        """1000 bytes are allocated, a step takes 400 more, gradients 100: 900 more are needed."""
+        layer = nn.Linear(5, 5, bias=False)
+        found = {
+            "memory_allocated": 1000,
+            "max_memory_allocated": 1400,
+            "memory_reserved": reserved,
+            "mem_get_info": (free, 9000),
+        }
+        for name, value in found.items():
+            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+        assert _fits(layer) is enough
+        if not enough:
+            assert Body(layer).record([], None) == (None, "the memory does not suffice")
+
     @on_gpu
     def test_a_tiny_model_makes_the_device_wait(self):
         student, said = model().train(), []
         with speed(None).applied(student, say=said.append) as applied:
-            for _ in range(VOTES + 2):
+            for _ in range(ASKED + 2):
                 assert not applied.settled
                 gradients(student, batch())
             assert applied.settled
