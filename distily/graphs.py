@@ -29,6 +29,8 @@ is the limit is never seen to wait there, behind the teacher's forward.
 """
 MOST = 32
 """Graphs of a body; beyond them shapes run as they are."""
+AGAIN = 8
+"""Recordings of a body that may be replaced, since its tensors were."""
 NO_ROOM = "the memory does not suffice"
 CONSTANTS = (bool, int, float, str, type(None))
 
@@ -87,6 +89,7 @@ class Graphs:
             return None
         recording = body.recordings[key]
         if recording is None or not recording.holds():
+            body.replaced += recording is not None
             body.recordings[key] = None
             recording, body.refused = body.record(leaves, structure)
             body.recordings[key] = recording
@@ -111,6 +114,8 @@ class Body:
         self.module = module
         self.refused: str | None = None
         self.recordings: dict[Any, Recording | None] = {}
+        self.replaced = 0
+        """Recordings that no longer held."""
         self.pool: Any = None
         self.turn = 0
         """Counts replays: between a forward and its backward there may be no other."""
@@ -119,7 +124,11 @@ class Body:
 
     def record(self, leaves: Sequence[Any], structure: Any) -> tuple[Recording | None, str | None]:
         """The recording for some inputs, or why there is none."""
-        reason = _obstacle(self.module) or (None if _fits(self.module) else NO_ROOM)
+        reason = _obstacle(self.module)
+        if reason is None and self.replaced > AGAIN:
+            reason = "its weights or buffers are replaced again and again"
+        if reason is None and not _fits(self.module):
+            reason = NO_ROOM
         if reason is None:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             try:
@@ -268,12 +277,12 @@ def _fits(module: nn.Module) -> bool:
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - allocated >= 2 * step + gradients
 
 
-def _rehearse(body: Callable[[], list[Any]], parameters: Sequence[Tensor]) -> None:
+def _rehearse(forward: Callable[[], list[Any]], parameters: Sequence[Tensor]) -> None:
     """Runs forward and backward once, where waiting for the device is an error: in a recording it would be a worse one."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ends = [output for output in body() if isinstance(output, Tensor) and output.requires_grad]
+        ends = [output for output in forward() if isinstance(output, Tensor) and output.requires_grad]
         if ends:
             torch.autograd.grad(ends, parameters, [torch.zeros_like(end) for end in ends], allow_unused=True)
     finally:
@@ -306,9 +315,3 @@ def _mend(pool: Any) -> None:
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
         torch.zeros(1, device="cuda").normal_()
-
-
-def _reason(error: RuntimeError) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the memory does not suffice"
-    return f"recording it failed: {' '.join(str(error).split())[:150]}"

@@ -22,9 +22,15 @@ import pytest
 from click.testing import CliRunner
 
 DATA = "DISTILY_DATA"
+LONG = (
+    "test_kill", "test_disk_full", "test_readme", "test_sparse_kernels", "test_run", "test_every_objective_trains", "test_bad_input",
+    "test_oracles", "test_invariance", "test_kernels", "test_meetings", "test_speed", "test_trainer", "test_prediction", "test_data",
+)  # fmt: skip
+"""Files that take longest; they are begun first, so that workers end together (``--no-loadscope-reorder``)."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     reasons = {}
     if not os.environ.get(DATA):
         reasons["data"] = f"data: {DATA} is not set"

@@ -468,8 +468,6 @@ def test_every_mistake_has_a_line(world: SimpleNamespace, runner: CliRunner, her
         ("--set data.max_lenght=64", ("did you mean 'data.max_length'?",)),
         ("--objective forward_kll", ("did you mean 'forward_kl'?",)),
         ("--teacher $cut_weights", ("teacher.model: '$cut_weights' could not be loaded",)),
-        ("--dataset $bad_jsonl", ("data.dataset: '$bad_jsonl' cannot be read as json",)),
-        ("--student-config hidden_size=33", ("heads (4)",)),
     ],
 )
 def test_as_a_process(text: str, fragments: tuple[str, ...], world: SimpleNamespace, here: Path) -> None:

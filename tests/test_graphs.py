@@ -9,7 +9,7 @@ from torch import nn
 
 from distily.batch import model_inputs, moved
 from distily.errors import RunError
-from distily.graphs import ASKED, Body, Graphs, _fits
+from distily.graphs import AGAIN, ASKED, Body, Graphs, _fits
 from distily.loss.features import FeatureCapture, body, decoder_blocks
 from distily.speed import Speed
 
@@ -87,6 +87,11 @@ class TestChoice:
         assert _fits(layer) is enough
         if not enough:
             assert Body(layer).record([], None) == (None, "the memory does not suffice")
+
+    def test_a_body_whose_tensors_are_replaced_in_each_step_is_given_up(self):
+        body = Body(nn.Linear(2, 2))
+        body.replaced = AGAIN + 1
+        assert body.record([], None) == (None, "its weights or buffers are replaced again and again")
 
     @on_gpu
     def test_a_tiny_model_makes_the_device_wait(self):
