@@ -144,7 +144,7 @@ def measure(name: str, training: BareTraining, seconds: float) -> Row:
             training.step()
             watch.mark("step, done")
         synchronize(device)
-    row.memory_peak = memory.read()["memory_peak"] + training.applied.held
+    row.memory_peak = memory.read()["memory_peak"]
     row.milliseconds = statistics.median(watch.between("step", "step, done"))
     found = [watch.between(part, f"{part}, done", len(training.batches)) for part in ("teacher", "head")]
     row.teacher_milliseconds, row.head_milliseconds = (statistics.median(each) if each else None for each in found)

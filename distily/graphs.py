@@ -44,8 +44,6 @@ class Graphs:
 
     def __init__(self, wanted: bool | None, say: Say) -> None:
         self.wanted, self.say = wanted, say
-        self.held = 0
-        """Bytes that the graphs keep beside what PyTorch counts as allocated."""
         self._waited: list[bool] = []
         self._bodies: dict[nn.Module, Body] = {}
 
@@ -66,10 +64,11 @@ class Graphs:
 
     def forget(self) -> None:
         """Gives the memory of all graphs back; shapes that were seen are recorded again at once."""
+        if any(recording is not None for body in self._bodies.values() for recording in body.recordings.values()):
+            memory.count_graphs(0)
         for body in self._bodies.values():
             body.lent = None
             body.recordings.update(dict.fromkeys(body.recordings))
-        self.held = 0
 
     def _recording(self, module: nn.Module, leaves: list[Any], structure: Any) -> Recording | None:
         """What to replay; None: compute it as it is."""
@@ -93,7 +92,7 @@ class Graphs:
             body.recordings[key] = None
             recording, body.refused = body.record(leaves, structure)
             body.recordings[key] = recording
-            self.held = memory.kept_by_graphs()
+            memory.count_graphs(memory.kept_by_graphs())
             if body.refused:
                 self.say(f"Speed, graphs: none of {type(module).__name__}, {body.refused}.")
         return recording
@@ -271,10 +270,10 @@ def _obstacle(module: nn.Module) -> str | None:
 
 def _fits(module: nn.Module) -> bool:
     """Whether there is memory for what a step took at its peak twice, for the graph and for what it cannot share, and for gradients."""
-    allocated = torch.cuda.memory_allocated()
-    step = torch.cuda.max_memory_allocated() - allocated
+    found = memory.read()
     gradients = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - allocated >= 2 * step + gradients
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - found["memory_now"]
+    return free >= 2 * (found["memory_peak"] - found["memory_now"]) + gradients
 
 
 def _rehearse(forward: Callable[[], list[Any]], parameters: Sequence[Tensor]) -> None:

@@ -6,6 +6,8 @@ import contextlib
 from pathlib import Path
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_graphs = {"kept": 0, "peak before": 0}
+"""Bytes that CUDA graphs keep, and the peak before they kept that many."""
 
 
 def reset_peak() -> None:
@@ -14,6 +16,7 @@ def reset_peak() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+        _graphs["peak before"] = 0
     else:
         with contextlib.suppress(OSError):  # without /proc, or where it is forbidden, the peak is the process's own
             CLEAR.write_text("5")
@@ -24,7 +27,9 @@ def read() -> dict[str, int]:
     import torch
 
     if torch.cuda.is_available():
-        return {"memory_now": torch.cuda.memory_allocated(), "memory_peak": torch.cuda.max_memory_allocated()}
+        kept, before = _graphs["kept"], _graphs["peak before"]
+        peak = max(before, torch.cuda.max_memory_allocated() + kept)
+        return {"memory_now": torch.cuda.memory_allocated() + kept, "memory_peak": peak}
     try:
         lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
         return {
@@ -38,8 +43,17 @@ def read() -> dict[str, int]:
         return {"memory_now": peak, "memory_peak": peak}
 
 
+def count_graphs(kept: int) -> None:
+    """``read`` counts from now on what CUDA graphs keep for what they compute in between: PyTorch does not count that as allocated."""
+    import torch
+
+    before = read()["memory_peak"]
+    torch.cuda.reset_peak_memory_stats()
+    _graphs.update({"kept": kept, "peak before": before})
+
+
 def kept_by_graphs() -> int:
-    """Bytes of the GPU that CUDA graphs keep for what they compute in between, and that ``read`` therefore does not see. Takes a while."""
+    """Bytes of the GPU that all CUDA graphs keep and no tensor has. Takes a while."""
     import torch
 
     segments = [segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] != (0, 0)]

@@ -194,11 +194,6 @@ class Applied:
         self._stack = None
 
     @property
-    def held(self) -> int:
-        """Bytes that CUDA graphs keep beside what PyTorch counts as allocated."""
-        return self._graphs.held
-
-    @property
     def settled(self) -> bool:
         """Whether further steps like those that were taken run as the last one did."""
         return self._graphs.settled

@@ -101,14 +101,9 @@ class DistillationTrainer(Trainer):
             logs["train_seconds"] = seconds
             logs["tokens_per_second"] = self._tokens * ranks / max(seconds, 1e-9)
             logs.update(self.driver.measurements())
-            logs.update({f"train_{name}": value for name, value in self._memory().items()})
+            logs.update({f"train_{name}": value for name, value in memory.read().items()})
             self._restart()
         super().log(logs, start_time)
-
-    def _memory(self) -> dict[str, int]:
-        """Of a training, with what its CUDA graphs keep."""
-        held = self._applied.held if self._applied is not None else 0
-        return {name: value + held for name, value in memory.read().items()}
 
     def _restart(self) -> None:
         self._sums, self._tokens, self._paused = {}, 0, 0.0
@@ -120,7 +115,7 @@ class DistillationTrainer(Trainer):
         if self.evaluation_context is None:
             return {}
         began = time.perf_counter()
-        before = self._memory()
+        before = memory.read()
         memory.reset_peak()
         with self._applied.paused() if self._applied is not None else nullcontext():
             results = measure(self.evaluators, self.model, self.evaluation_context, during_training=True)
