@@ -24,8 +24,8 @@ from distily.loss.attention import PREFIX
 
 Say = Callable[[str], None]
 ASKED, SIGNS = 8, 2
-"""Forwards of the student at which it is asked whether the device waits for the host, and how often that is no accident: a device that
-is the limit is never seen to wait there, behind the teacher's forward.
+"""Forwards of the student at which it is asked whether the device waits for the host, and how often that is no accident. Behind a teacher's
+forward a device that is the limit is not seen to wait; without a teacher it is, after each log.
 """
 MOST = 32
 """Graphs of a body; beyond them shapes run as they are."""
@@ -64,11 +64,10 @@ class Graphs:
 
     def forget(self) -> None:
         """Gives the memory of all graphs back; shapes that were seen are recorded again at once."""
-        if any(recording is not None for body in self._bodies.values() for recording in body.recordings.values()):
+        if any(body.pool is not None for body in self._bodies.values()):
             memory.count_graphs(0)
         for body in self._bodies.values():
-            body.lent = None
-            body.recordings.update(dict.fromkeys(body.recordings))
+            body.forget()
 
     def _recording(self, module: nn.Module, leaves: list[Any], structure: Any) -> Recording | None:
         """What to replay; None: compute it as it is."""
@@ -87,14 +86,17 @@ class Graphs:
                 self._ask()
             return None
         recording = body.recordings[key]
-        if recording is None or not recording.holds():
-            body.replaced += recording is not None
-            body.recordings[key] = None
+        if recording is not None and not recording.holds():
+            body.replaced += 1
+            body.forget()
+            recording = None
+        if recording is None:
             recording, body.refused = body.record(leaves, structure)
             body.recordings[key] = recording
-            memory.count_graphs(memory.kept_by_graphs())
             if body.refused:
+                body.forget()
                 self.say(f"Speed, graphs: none of {type(module).__name__}, {body.refused}.")
+            memory.count_graphs(memory.kept_by_graphs())
         return recording
 
     def _ask(self) -> None:
@@ -116,6 +118,8 @@ class Body:
         self.replaced = 0
         """Recordings that no longer held."""
         self.pool: Any = None
+        self.stream: Any = None
+        """Where it is recorded: what cuBLAS works in belongs to a stream, and goes with the graphs there."""
         self.turn = 0
         """Counts replays: between a forward and its backward there may be no other."""
         self.lent: Recording | None = None
@@ -129,7 +133,8 @@ class Body:
         if reason is None and not _fits(self.module):
             reason = NO_ROOM
         if reason is None:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            if self.pool is None:
+                self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             try:
                 return Recording(self, leaves, structure), None
             except torch.OutOfMemoryError:
@@ -137,6 +142,11 @@ class Body:
             except RuntimeError as error:
                 reason = f"recording it failed: {' '.join(str(error).split())[:150]}"
         return None, reason
+
+    def forget(self) -> None:
+        """All recordings at once, with their memory."""
+        self.lent = self.pool = self.stream = None
+        self.recordings.update(dict.fromkeys(self.recordings))
 
     def begin(self) -> int:
         """A replay begins: its number. Gradients of an earlier micro-batch move out of the memory that it writes to."""
@@ -152,14 +162,6 @@ class Recording:
 
     def __init__(self, body: Body, leaves: Sequence[Any], structure: Any) -> None:
         self.body, module = body, body.module
-        self._tables = [
-            (table, name, tensor, tensor.data_ptr())
-            for part in module.modules()
-            for table in (part._parameters, part._buffers)
-            for name, tensor in table.items()
-            if tensor is not None
-        ]
-        self._hooks = RemovableHandle.next_id
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad and torch.is_grad_enabled()]
         self._inputs = [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
         kept = iter(self._inputs)
@@ -174,24 +176,36 @@ class Recording:
         _rehearse(forward, self.parameters)
         body.begin()
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with _recorded(self.forward, body.pool):
+        with _recorded(self.forward, body):
             outputs = forward()
         self.ends = [place for place, output in enumerate(outputs) if isinstance(output, Tensor) and output.requires_grad]
         ends = [outputs[place] for place in self.ends]
         self.above = [torch.zeros_like(end) for end in ends]
         self.gradients: list[Tensor | None] = []
         if ends:
-            with _recorded(self.backward, body.pool):
-                self.gradients = list(torch.autograd.grad(ends, self.parameters, self.above, allow_unused=True))
+            with _recorded(self.backward, body), torch.autocast("cuda", enabled=False):
+                self.gradients = _apart(torch.autograd.grad(ends, self.parameters, self.above, allow_unused=True))
         self.outputs = [output.detach() if isinstance(output, Tensor) else output for output in outputs]
+        self._hooks = RemovableHandle.next_id
+        self._parts = [
+            (table, name, value)
+            for part in module.modules()
+            for table in (part._modules, part._parameters, part._buffers, vars(part))
+            for name, value in table.items()
+            if table is not vars(part) or isinstance(value, Tensor)
+        ]
+        tensors = (value for _, _, value in self._parts if isinstance(value, Tensor))
+        self._tensors = [(tensor, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
 
     def holds(self) -> bool:
-        """Whether the body still is what was recorded: its tensors in their places, no hooks inside."""
+        """Whether the body still is what was recorded: its modules and tensors in their places, no hooks inside."""
         if self._hooks != RemovableHandle.next_id:
             self._hooks = RemovableHandle.next_id
             if _obstacle(self.body.module):
                 return False
-        return all(table.get(name) is tensor and tensor.data_ptr() == place for table, name, tensor, place in self._tables)
+        return all(table.get(name) is value for table, name, value in self._parts) and all(
+            tensor.data_ptr() == place and tensor.requires_grad == trained for tensor, place, trained in self._tensors
+        )
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
         for mine, given in zip(self._inputs, tensors, strict=True):
@@ -254,6 +268,17 @@ def _state(module: nn.Module) -> tuple[Any, ...]:
     return module.training, torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
 
+def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Parameters that share one tensor as their gradient get one each: what scales gradients in place would scale it twice."""
+    places: set[int] = set()
+    found = []
+    for gradient in gradients:
+        repeated = gradient is not None and gradient.data_ptr() in places
+        found.append(gradient.clone() if gradient is not None and repeated else gradient)
+        places |= set() if gradient is None else {gradient.data_ptr()}
+    return found
+
+
 def _obstacle(module: nn.Module) -> str | None:
     """Why a body cannot be recorded, as far as it can be told without running it."""
     config: Any = getattr(module, "config", None)
@@ -263,7 +288,8 @@ def _obstacle(module: nn.Module) -> str | None:
         return "the host draws which blocks it runs"
     if str(getattr(config, "_attn_implementation", "")).startswith(PREFIX):
         return "its attention scores are read"
-    if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules() if part is not module):
+    inside = [part for part in module.modules() if part is not module]
+    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks for part in inside):
         return "it has hooks inside, such as those that read features"
     return None
 
@@ -278,18 +304,20 @@ def _fits(module: nn.Module) -> bool:
 
 def _rehearse(forward: Callable[[], list[Any]], parameters: Sequence[Tensor]) -> None:
     """Runs forward and backward once, where waiting for the device is an error: in a recording it would be a worse one."""
-    mode = torch.cuda.get_sync_debug_mode()
+    mode, random = torch.cuda.get_sync_debug_mode(), torch.cuda.get_rng_state()
     torch.cuda.set_sync_debug_mode("error")
     try:
         ends = [output for output in forward() if isinstance(output, Tensor) and output.requires_grad]
         if ends:
-            torch.autograd.grad(ends, parameters, [torch.zeros_like(end) for end in ends], allow_unused=True)
+            with torch.autocast("cuda", enabled=False):  # as a training's backward runs
+                torch.autograd.grad(ends, parameters, [torch.zeros_like(end) for end in ends], allow_unused=True)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.set_rng_state(random)
 
 
 @contextmanager
-def _recorded(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+def _recorded(graph: torch.cuda.CUDAGraph, body: Body) -> Iterator[None]:
     """Records what is inside, which takes the path that it takes outside: nothing is compiled, and transformers is not told."""
     stream = torch.cuda.current_stream()
     torch.clear_autocast_cache()  # casts of weights are the graph's own
@@ -297,12 +325,12 @@ def _recorded(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
         with (
             patch.object(import_utils, "is_cuda_stream_capturing", return_value=False, create=True),
             torch.compiler.set_stance("fail_on_recompile"),
-            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=body.pool, stream=body.stream, capture_error_mode="thread_local"),
         ):
             yield
     except RuntimeError:
         torch.cuda.set_stream(stream)
-        _mend(pool)
+        _mend(body.pool)
         raise
     finally:
         torch.clear_autocast_cache()

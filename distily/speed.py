@@ -232,8 +232,7 @@ class Applied:
                 stack.callback(delattr, module, "forward")
             limit = 8 + 4 * len(decoder_blocks(model))  # blocks with hooks inside have graphs of their own
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=limit, skip_nnmodule_hook_guards=False))
-        if self.speed.graphs is not False:
-            whole = body(model)
+        for whole in _body(model) if self.speed.graphs is not False else []:
             whole.forward = MethodType(self._graphs, whole)
             stack.callback(delattr, whole, "forward")
             stack.callback(self._graphs.forget)
@@ -271,6 +270,15 @@ class CompiledModules:
         if function.refused != was:
             self.say(f"Speed, compile: {kind.__name__} is not compiled, since that failed: {function.refused}")
         return outputs
+
+
+def _body(model: Any) -> list[nn.Module]:
+    """From token ids to last hidden states, if that can be told and the head, which computes the loss, is outside."""
+    try:
+        whole = body(model)
+    except DistilyError:
+        return []
+    return [] if any(part is model.get_output_embeddings() for part in whole.modules()) else [whole]
 
 
 def _norm(model: Any) -> list[nn.Module]:

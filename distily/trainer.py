@@ -116,8 +116,8 @@ class DistillationTrainer(Trainer):
             return {}
         began = time.perf_counter()
         before = memory.read()
-        memory.reset_peak()
         with self._applied.paused() if self._applied is not None else nullcontext():
+            memory.reset_peak()
             results = measure(self.evaluators, self.model, self.evaluation_context, during_training=True)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         if "perplexity_nats" in results:

@@ -10,7 +10,7 @@ from torch import nn
 from distily import memory
 from distily.batch import model_inputs, moved
 from distily.errors import RunError
-from distily.graphs import AGAIN, ASKED, Body, Graphs, _fits
+from distily.graphs import AGAIN, ASKED, Body, Graphs, _apart, _fits
 from distily.loss.features import FeatureCapture, body, decoder_blocks
 from distily.speed import Speed
 
@@ -105,6 +105,15 @@ class TestChoice:
         assert memory.read() == {"memory_now": 1000, "memory_peak": 1600}
         memory.reset_peak()
         assert memory.read()["memory_peak"] == 1100
+
+    def test_parameters_that_share_a_gradient_get_one_each(self):
+        shared, other = torch.ones(3), torch.zeros(3)
+        first, second, third, fourth = _apart([shared, None, other, shared])
+        assert first is shared
+        assert third is other
+        assert second is None
+        assert torch.equal(fourth, shared)
+        assert fourth.data_ptr() != shared.data_ptr()
 
     def test_a_body_whose_tensors_are_replaced_in_each_step_is_given_up(self):
         body = Body(nn.Linear(2, 2))
@@ -276,6 +285,30 @@ class TestStandingAside:
             student(**batch(2), use_cache=False)
             with pytest.raises(RunError, match=r"speed\.graphs=false"):
                 first.backward()
+
+    def test_after_a_pause_a_body_is_recorded_again(self):
+        student, said = model().train(), []
+        plain = gradients(student, batch(1))
+        with speed().applied(student, say=said.append) as applied:
+            for _ in range(3):
+                for _ in range(3):
+                    torch.testing.assert_close(gradients(student, batch(1)), plain, rtol=1e-5, atol=1e-6)
+                assert applied.settled
+                with applied.paused(), torch.no_grad():
+                    student(**batch(2), use_cache=False)
+                    torch.cuda.empty_cache()
+        assert not said
+
+    def test_a_weight_that_is_unfrozen_is_recorded_anew(self):
+        student = model().train()
+        block = decoder_blocks(student)[0]
+        plain = gradients(student, batch())
+        block.requires_grad_(False)
+        with speed().applied(student):
+            for _ in range(3):
+                student(**batch(), use_cache=False).logits.sum().backward()
+            block.requires_grad_(True)
+            torch.testing.assert_close(gradients(student, batch()), plain, rtol=1e-5, atol=1e-6)
 
     def test_evaluation_and_inputs_with_a_gradient_are_left_alone(self):
         student = model().train()
