@@ -148,10 +148,15 @@ def test_no_supervised_token_is_an_exact_zero_with_a_graph():
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-def _rank(rank: int, world: int, kind: str, specs: tuple[str, ...], port: int, result: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+CASES = {
+    f"{name}, {kind}": (kind, specs)
+    for name, specs in {"logits and blocks": (*LOGITS, *BLOCKS[1:]), "q/k/v and projectors": PROJECTIONS}.items()
+    for kind in ("ddp", "fsdp2")
+}
+
+
+def _step(rank: int, world: int, kind: str, specs: tuple[str, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and whole gradients of a step whose documents are divided over the ranks."""
     student, teacher = pair()
     driver = tiny.driver(student, teacher, *specs)
     rows = tiny.documents(8)
@@ -173,20 +178,31 @@ def _rank(rank: int, world: int, kind: str, specs: tuple[str, ...], port: int, r
     for name, parameter in student.named_parameters():
         gradient = parameter.grad
         gradients[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+    return total, gradients
+
+
+def _rank(rank: int, world: int, port: int, result: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    found = {name: _step(rank, world, *case) for name, case in CASES.items()}
     if rank == 0:
-        Path(result).write_bytes(pickle.dumps((total, gradients)))
+        Path(result).write_bytes(pickle.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("specs", [(*LOGITS, *BLOCKS[1:]), PROJECTIONS], ids=["logits and blocks", "q/k/v and projectors"])
-def test_one_process_is_two_ranks(kind, specs, tmp_path):
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What two processes find, by case; they start once."""
+    result = tmp_path_factory.mktemp("ranks") / "found.pickle"
+    multiprocessing.spawn(_rank, (2, 20_000 + os.getpid() % 20_000, str(result)), nprocs=2)
+    return pickle.loads(result.read_bytes())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_process_is_two_ranks(name, two_ranks):
     """DDP with its default flags, and ``fully_shard`` on a CPU mesh, against one process."""
     student, teacher = pair()
-    rows = tiny.documents(8)
-    single = tiny.accumulate(tiny.driver(student, teacher, *specs), student, [tiny.collate(rows)])
-    result = tmp_path / "gradients.pickle"
-    port = 20_000 + os.getpid() % 20_000 + len(kind) + len(specs)
-    multiprocessing.spawn(_rank, (2, kind, specs, port, str(result)), nprocs=2)
-    assert_same(pickle.loads(result.read_bytes()), single)
+    single = tiny.accumulate(tiny.driver(student, teacher, *CASES[name][1]), student, [tiny.collate(tiny.documents(8))])
+    assert_same(two_ranks[name], single)

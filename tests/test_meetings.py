@@ -212,12 +212,12 @@ def test_without_a_primary_term_there_is_nothing_to_combine_with():
 # --- two ranks -------------------------------------------------------------------------------------------------------
 
 
-def _rank(rank: int, world: int, spec: str, scope: str, port: int, result: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+COMBINED = [("gradient_weighted", {"scope": "step"}), ("pcgrad", {"scope": "token"}), ("ema_normalized", {})]
+
+
+def _steps(rank: int, world: int, spec: str, options: dict[str, str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of the third of three steps whose documents are divided over the ranks."""
     student, teacher = pair()
-    options = {"scope": scope} if scope else {}
     driver = tiny.driver(student, teacher, *MIXED, combination=combination(spec, **options))
     rows = tiny.documents(8)
     count = tiny.items([tiny.collate(rows)])
@@ -231,21 +231,31 @@ def _rank(rank: int, world: int, spec: str, scope: str, port: int, result: str) 
         driver.advance(0.5)
     total = loss.detach().clone()
     torch.distributed.all_reduce(total)
+    return total, {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
+
+
+def _rank(rank: int, world: int, port: int, result: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    found = {spec: _steps(rank, world, spec, options) for spec, options in COMBINED}
     if rank == 0:
-        gradients = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
-        Path(result).write_bytes(pickle.dumps((total, gradients)))
+        Path(result).write_bytes(pickle.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("spec", "scope"), [("gradient_weighted", "step"), ("pcgrad", "token"), ("ema_normalized", "")])
-def test_two_ranks_are_one_process(spec, scope, tmp_path):
-    core = {"scope": scope} if scope else {}
-    single = run(MIXED, spec, steps=3, **core)
-    result = tmp_path / "gradients.pickle"
-    port = 20_000 + (os.getpid() * 7 + len(spec)) % 20_000
-    multiprocessing.spawn(_rank, (2, spec, scope, port, str(result)), nprocs=2)
-    assert_same(pickle.loads(result.read_bytes()), single, 1e-9)
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What two processes find, by combiner; they start once."""
+    result = tmp_path_factory.mktemp("ranks") / "found.pickle"
+    multiprocessing.spawn(_rank, (2, 20_000 + (os.getpid() * 7 + 1) % 20_000, str(result)), nprocs=2)
+    return pickle.loads(result.read_bytes())
+
+
+@pytest.mark.parametrize(("spec", "options"), COMBINED)
+def test_two_ranks_are_one_process(spec, options, two_ranks):
+    assert_same(two_ranks[spec], run(MIXED, spec, steps=3, **options), 1e-9)
 
 
 # --- steps that went wrong, and the values beside the gradients ---------------------------------------------------------
