@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import tiny
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from distily import memory
@@ -132,6 +135,83 @@ class TestChoice:
         assert len(said) == 1
         assert "student and teacher are replayed" in said[0]
         assert memory.read()["memory_now"] == torch.cuda.memory_allocated()
+
+
+class Nothing:
+    """A graph of nothing."""
+
+    def replay(self):
+        pass
+
+
+class TestStale:
+    """What makes a recording stale, told without a device: what is inside one runs once, and a replay does nothing."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_is_recorded(self, monkeypatch):
+        values = {
+            "graph_pool_handle": (0, 1), "get_sync_debug_mode": 0, "set_sync_debug_mode": None, "get_rng_state": None,
+            "set_rng_state": None, "current_stream": None, "mem_get_info": (2**30, 2**30), "memory_snapshot": [],
+        }  # fmt: skip
+        for name, value in values.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Nothing)
+        monkeypatch.setattr(torch.cuda, "Stream", object)
+
+    @staticmethod
+    def recorded(training=True):
+        whole = body(tiny.model().train(training))
+        leaves, structure = pytree.tree_flatten(((), {"input_ids": torch.ones(1, 4, dtype=torch.long), "use_cache": False}))
+        recording, refused = Body(whole).record(leaves, structure)
+        assert refused is None
+        assert recording.holds()
+        return recording, whole
+
+    @pytest.mark.parametrize("change", [
+        lambda block: setattr(block.mlp.up_proj, "weight", nn.Parameter(block.mlp.up_proj.weight.detach())),
+        lambda block: setattr(block.mlp.up_proj.weight, "data", block.mlp.up_proj.weight.data.clone()),
+        lambda block: block.mlp.up_proj.weight.requires_grad_(False),
+        lambda block: setattr(block, "mlp", nn.Identity()),
+        lambda block: setattr(block.mlp.up_proj, "bias", nn.Parameter(torch.zeros(48))),
+        lambda block: block.mlp.up_proj.register_forward_hook(lambda *_: None),
+        lambda block: block.mlp.up_proj.register_full_backward_hook(lambda *_: None),
+    ], ids=["weight", "its memory", "frozen", "module", "bias", "hook", "backward hook"])  # fmt: skip
+    def test_a_change_in_the_body(self, change):
+        recording, whole = self.recorded()
+        change(whole.layers[0])
+        assert not recording.holds()
+
+    def test_a_tensor_that_a_module_holds_by_itself(self):
+        recording, whole = self.recorded()
+        assert recording.holds()
+        whole.rotary_emb.inv_freq = whole.rotary_emb.inv_freq.clone()
+        assert not recording.holds()
+
+    def test_a_hook_elsewhere_changes_nothing(self):
+        recording, whole = self.recorded()
+        whole.register_forward_hook(lambda *_: None)
+        torch.ones(1, requires_grad=True).register_hook(lambda *_: None)
+        assert recording.holds()
+
+    def test_outputs_have_the_models_form_and_lead_to_its_parameters(self):
+        recording, whole = self.recorded()
+        outputs = recording([torch.ones(1, 4, dtype=torch.long)])
+        assert outputs.last_hidden_state.shape == (1, 4, 32)
+        outputs.last_hidden_state.sum().backward()
+        assert all(parameter.grad.shape == parameter.shape for parameter in whole.parameters())
+        assert recording.body.lent is recording
+        recording([torch.ones(1, 4, dtype=torch.long)])
+        assert recording.body.lent is None
+        places = {gradient.data_ptr() for gradient in recording.gradients}
+        assert not [parameter for parameter in whole.parameters() if parameter.grad.data_ptr() in places]
+
+    def test_a_backward_behind_another_forward_is_an_error(self):
+        recording, _ = self.recorded()
+        first = recording([torch.ones(1, 4, dtype=torch.long)])
+        recording([torch.ones(1, 4, dtype=torch.long)])
+        with pytest.raises(RunError, match=r"speed\.graphs=false"):
+            first.last_hidden_state.sum().backward()
 
 
 @on_gpu
