@@ -6,14 +6,10 @@ Everywhere: fp32, CPU, dropout 0, the same documents in a step; largest absolute
 from __future__ import annotations
 
 import copy
-import os
-import pickle
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
-import torch.multiprocessing as multiprocessing
 
 TOLERANCE = 1e-5
 LOGITS = ("forward_kl:temperature=2", "jsd:beta=0.3,weight=0.5", "cross_entropy:weight=0.1")
@@ -181,23 +177,9 @@ def _step(rank: int, world: int, kind: str, specs: tuple[str, ...]) -> tuple[tor
     return total, gradients
 
 
-def _rank(rank: int, world: int, port: int, result: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    found = {name: _step(rank, world, *case) for name, case in CASES.items()}
-    if rank == 0:
-        Path(result).write_bytes(pickle.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """What two processes find, by case; they start once."""
-    result = tmp_path_factory.mktemp("ranks") / "found.pickle"
-    multiprocessing.spawn(_rank, (2, 20_000 + os.getpid() % 20_000, str(result)), nprocs=2)
-    return pickle.loads(result.read_bytes())
+    return tiny.of_two_ranks(_step, CASES, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)

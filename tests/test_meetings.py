@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
-from torch import multiprocessing
 
 from distily.errors import DistilyError, RunError
 from distily.loss import meetings
@@ -234,23 +229,9 @@ def _steps(rank: int, world: int, spec: str, options: dict[str, str]) -> tuple[t
     return total, {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
 
 
-def _rank(rank: int, world: int, port: int, result: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    found = {spec: _steps(rank, world, spec, options) for spec, options in COMBINED}
-    if rank == 0:
-        Path(result).write_bytes(pickle.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """What two processes find, by combiner; they start once."""
-    result = tmp_path_factory.mktemp("ranks") / "found.pickle"
-    multiprocessing.spawn(_rank, (2, 20_000 + (os.getpid() * 7 + 1) % 20_000, str(result)), nprocs=2)
-    return pickle.loads(result.read_bytes())
+    return tiny.of_two_ranks(_steps, {spec: (spec, options) for spec, options in COMBINED}, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize(("spec", "options"), COMBINED)

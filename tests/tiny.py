@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import pickle
+import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from torch import multiprocessing
 
 from distily.data import Collator
 from distily.loss.driver import Driver, local_teacher
@@ -118,3 +124,24 @@ def allocated(call: object, folder: Path) -> int:
     events = json.loads((folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
     return max(itertools.accumulate(size for _, size in sorted(changes)))
+
+
+def of_two_ranks(step: Callable[..., object], cases: Mapping[str, tuple], folder: Path) -> dict[str, Any]:
+    """What ``step(rank, world, *case)`` gives on the first of two processes, by case; they start once."""
+    result = folder / "found.pickle"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_rank, (2, step, cases, port, result), nprocs=2)
+    return pickle.loads(result.read_bytes())
+
+
+def _rank(rank: int, world: int, step: Callable[..., object], cases: Mapping[str, tuple], port: int, result: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    found = {name: step(rank, world, *case) for name, case in cases.items()}
+    if rank == 0:
+        result.write_bytes(pickle.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
