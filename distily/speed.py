@@ -181,6 +181,8 @@ class Applied:
         with ExitStack() as stack:
             for role, model in self.models.items():
                 self._apply(role, model, stack)
+            if self.speed.on_gpu and hasattr(masking_utils, "find_packed_sequence_indices"):
+                stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", _packed_sequences))
             if self.speed.attention is not None:
                 stack.enter_context(_kernels(self.speed.attention))
                 # a stored graph is found again without regard to the attention kernel in it
@@ -216,8 +218,6 @@ class Applied:
             stack.callback(precision.lower(layers, self.speed.precision, backward=role == "student"))
             self._tell(f"Speed, {self.speed.precision}: {len(layers)} linear layers of the {role}.")
         name = model.config.get_text_config()._attn_implementation
-        if self.speed.on_gpu and hasattr(masking_utils, "find_packed_sequence_indices"):
-            stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", _packed_sequences))
         if self.speed.on_gpu and name == "sdpa":
             _register()
             model.set_attn_implementation(RIGHT_PADDED)
