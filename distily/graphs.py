@@ -298,8 +298,7 @@ def _fits(module: nn.Module) -> bool:
     """Whether there is memory for what a step took at its peak twice, for the graph and for what it cannot share, and for gradients."""
     found = memory.read()
     gradients = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - found["memory_now"]
-    return free >= 2 * (found["memory_peak"] - found["memory_now"]) + gradients
+    return memory.free() >= 2 * (found["memory_peak"] - found["memory_now"]) + gradients
 
 
 def _rehearse(forward: Callable[[], list[Any]], parameters: Sequence[Tensor]) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _graphs = {"kept": 0, "peak before": 0}
@@ -41,6 +45,15 @@ def read() -> dict[str, int]:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {"memory_now": peak, "memory_peak": peak}
+
+
+def free(device: torch.device | None = None) -> int:
+    """Bytes that PyTorch can still give on a GPU: what nobody has, and what it holds in reserve, without what CUDA graphs keep."""
+    import torch
+
+    stats = torch.cuda.memory_stats_as_nested_dict(device)  # memory_reserved flattens all of it, at each call
+    held, given = (stats[name]["all"]["current"] for name in ("reserved_bytes", "allocated_bytes"))
+    return int(torch.cuda.mem_get_info(device)[0] + held - given - _graphs["kept"])
 
 
 def count_graphs(kept: int) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from distily import memory
 from distily.products import wide
 
 MOST_BYTES, LEAST_BYTES = 1900 * 2**20, 256 * 2**20
@@ -56,7 +58,7 @@ def cut(
                 break
         rows = math.ceil(count / max(1, blocks) / ROW_MULTIPLE) * ROW_MULTIPLE
     rows = max(1, min(rows, count))
-    part = min(rows, largest) if teacher_width is None else _part(rows, largest, teacher_width, weight)
+    part = min(rows, largest) if teacher_width is None else _part(rows, largest, teacher_width, len(weight), weight.device)
     return Blocks(rows, part, narrow and blocks <= FEW)
 
 
@@ -78,19 +80,17 @@ def bytes_held(rows: Tensor, weight: Tensor, dtype: torch.dtype, given: int | No
 
 
 def _available(device: torch.device) -> int:
-    if device.type != "cuda":
-        return MOST_BYTES
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(MOST_BYTES, (torch.cuda.mem_get_info(device)[0] + cached) // 4)
+    return min(MOST_BYTES, memory.free(device) // 4) if device.type == "cuda" else MOST_BYTES
 
 
-def _part(rows: int, largest: int, width: int, weight: Tensor) -> int:
+@cache
+def _part(rows: int, largest: int, width: int, vocabulary: int, device: torch.device) -> int:
     """The part of a block that leaves fewest processors idle at the ends of the teacher's products; of equals the largest."""
     from distily.kernels.products import waves
 
     def cost(part: int) -> tuple[int, int]:
         whole, rest = divmod(rows, part)
-        return whole * waves(part, width, len(weight), weight.device) + waves(rest, width, len(weight), weight.device), -part
+        return whole * waves(part, width, vocabulary, device) + waves(rest, width, vocabulary, device), -part
 
     parts = range(min(2 * ROW_MULTIPLE, largest), largest + 1, ROW_MULTIPLE)
     return min((part for part in parts if part <= rows), key=cost, default=rows)
