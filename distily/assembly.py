@@ -60,7 +60,9 @@ class Assembly:
         """A driver for ``objectives``, attached to the student."""
         combiner = self.config.combiner if objectives == self.config.objectives else None
         config = replace(self.config, objectives=objectives, combiner=combiner)
-        return attached_driver(config, self.plugins, student, self.teacher, self.vocabulary, self._calibration_batches())
+        return attached_driver(
+            config, self.plugins, student, self.teacher, self.vocabulary, self._calibration_batches(), self.speed
+        )
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
         """Training text in its own order, the same on every rank."""
@@ -71,15 +73,22 @@ class Assembly:
 
 
 def attached_driver(
-    config: RunConfig, plugins: Plugins, student: Any, teacher: Any, vocabulary: int, text: Iterable[Mapping[str, Any]]
+    config: RunConfig,
+    plugins: Plugins,
+    student: Any,
+    teacher: Any,
+    vocabulary: int,
+    text: Iterable[Mapping[str, Any]],
+    speed: Speed,
 ) -> Driver:
     """The driver of a configuration, attached to the student; ``text``: batches that calibrated components see before.
 
     Without an objective that needs one, no teacher runs.
     """
-    terms = build_terms(config.objectives, plugins, student, teacher, config.seed)
-    source, combined = local_teacher(teacher, terms, vocabulary), combination(config.combiner, plugins)
     rows, kernels = config.loss.chunk_rows, config.speed.kernels
+    terms = build_terms(config.objectives, plugins, student, teacher, config.seed)
+    source = local_teacher(teacher, terms, vocabulary, float8=kernels and speed.precision == "fp8")
+    combined = combination(config.combiner, plugins)
     driver = Driver(terms, source, vocabulary, rows, config.seed, combination=combined, kernels=kernels)
     driver.attach(student)
     calibrate(driver, text)

@@ -48,7 +48,7 @@ class BareTraining:
         self.speed = speed = choose(config)
         arguments = training_arguments(config, Path(config.output_dir), speed=speed)
         _prepare(student, arguments)
-        self.driver = attached_driver(config, plugins, student.train(), teacher, vocabulary, text)
+        self.driver = attached_driver(config, plugins, student.train(), teacher, vocabulary, text, speed)
         self.student, self.teacher = student, None if self.driver.teacher is None else teacher
         self.batches = batches
         self.device = batches[0]["input_ids"].device

@@ -1,7 +1,8 @@
 """8-bit arithmetic: linear layers of the decoder blocks whose products run in fp8 or int8, over the weights that training goes on with.
 
 A layer *becomes* its 8-bit twin in place and stays the object that it is. So hooks, ties and optimizers keep pointing, the state dict
-is that of the plain model, and a layer becomes plain again. The output head and the embeddings are never touched.
+is that of the plain model, and a layer becomes plain again. The output head and the embeddings are never touched; a teacher's logits
+the kernels of the loss form in fp8 from a copy of its head, see ``LocalTeacher``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from distily.loss.features import decoder_blocks
+from distily.products import Float8Rows
 
 MULTIPLE = 16
 """What both dimensions of a matrix must be multiples of, for the 8-bit units."""
 UNITS = {"fp8": (8, 9), "int8": (8, 0)}
 """The CUDA compute capability from which on there are units for it."""
-FP8 = torch.float8_e4m3fn
 
 
 def refusal(precision: str) -> str | None:
@@ -69,31 +70,25 @@ class FrozenFloat8(nn.Linear):
     def of(cls, layer: nn.Linear) -> FrozenFloat8:
         """The twin of a layer."""
         twin = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        scale = _row_scale(layer.weight.detach())
-        twin.low, twin.low_scale = (layer.weight.detach() / scale).to(FP8), scale.T.contiguous()
+        weight = Float8Rows.of(layer.weight.detach())
+        twin.low, twin.low_scale = weight.values, weight.scale.T.contiguous()
         return twin
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``, in the dtype that ``nn.Linear`` would return."""
         kind = inputs.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
-        rows = inputs.reshape(-1, self.in_features)
-        scale = _row_scale(rows)
+        rows = Float8Rows.of(inputs.reshape(-1, self.in_features))
         products = torch._scaled_mm(
-            (rows / scale).to(FP8),
+            rows.values,
             self.low.T,
-            scale_a=scale,
+            scale_a=rows.scale,
             scale_b=self.low_scale,
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
         outputs = products.to(dtype).reshape(*inputs.shape[:-1], self.out_features)
         return outputs if self.bias is None else outputs + self.bias.to(dtype)
-
-
-def _row_scale(rows: Tensor) -> Tensor:
-    """What takes each row's largest value to the end of fp8's range: ``(n, in)`` to ``(n, 1)``, float32."""
-    return rows.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(FP8).max
 
 
 def _fp8(layer: nn.Linear) -> nn.Linear:

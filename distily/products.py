@@ -10,6 +10,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+FLOAT8, FLOAT8_MULTIPLE = torch.float8_e4m3fn, 16
+"""What fp8 is here, and what a width must be a multiple of in it."""
+LEAST_LARGEST = 1e-12
+"""What the largest value of a row counts as at least, so that a row of zeros has a scale."""
+
+
+@dataclass(frozen=True)
+class Float8Rows:
+    """Rows of a matrix in fp8, each by a scale of its own: ``values`` (n, H), ``scale`` (n, 1) in float32."""
+
+    values: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Float8Rows:
+        """Rows ``(n, H)``; the largest value of each comes to the end of fp8's range."""
+        scale = rows.abs().amax(-1, keepdim=True).float().clamp(min=LEAST_LARGEST) / torch.finfo(FLOAT8).max
+        return cls((rows / scale).to(FLOAT8), scale)
+
 
 @dataclass(frozen=True)
 class Product:
@@ -20,6 +39,8 @@ class Product:
     bias: Tensor | None
     scale: float = 1.0
     softcap: float | None = None
+    float8: Float8Rows | None = None
+    """``weight`` once more, for kernels that shall form the product in fp8."""
 
     def rows(self, at: slice | Tensor) -> Product:
         return replace(self, hidden=self.hidden[at])

@@ -6,7 +6,7 @@ Letters: B batch, S sequence, N supervised tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from distily.loss.features import Feature, FeatureCapture
 from distily.loss.heads import OutputHead, select
 from distily.loss.readouts import Readout
-from distily.products import Product
+from distily.products import FLOAT8_MULTIPLE, Float8Rows, Product, unsuited
 
 
 class LogitSource(Protocol):
@@ -53,10 +53,10 @@ class Teacher(Protocol):
 
 
 class DenseLogits:
-    """Logits computed from the last hidden states ``(N, H)`` and the head, a chunk at a time."""
+    """Logits computed from the last hidden states ``(N, H)`` and the head, a chunk at a time. ``float8``: the head's weight in fp8 too."""
 
-    def __init__(self, head: OutputHead, hidden: Tensor, vocabulary: int) -> None:
-        self.head, self.hidden, self.vocabulary = head, hidden, vocabulary
+    def __init__(self, head: OutputHead, hidden: Tensor, vocabulary: int, float8: Float8Rows | None = None) -> None:
+        self.head, self.hidden, self.vocabulary, self.float8 = head, hidden, vocabulary, float8
 
     def chunk(self, rows: slice | Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
@@ -67,18 +67,25 @@ class DenseLogits:
 
     def product(self, rows: slice | Tensor) -> Product | None:
         weight = getattr(self.head.module, "weight", None)
-        return None if weight is None else self.head.product(self.hidden[rows], self.vocabulary, weight.dtype)
+        product = None if weight is None else self.head.product(self.hidden[rows], self.vocabulary, weight.dtype)
+        return product and replace(product, float8=self.float8)
 
 
 class LocalTeacher:
-    """Any Hugging Face causal language model in this process, frozen, of any dtype or Hugging Face quantisation."""
+    """Any Hugging Face causal language model in this process, frozen, of any dtype or Hugging Face quantisation.
+
+    ``float8``: the kernels of the loss form its logits in fp8, where they can.
+    """
 
     has_features = True
 
-    def __init__(self, model: Any, vocabulary: int, wanted: Iterable[Feature] = (), logit_lens: bool = False) -> None:
+    def __init__(
+        self, model: Any, vocabulary: int, wanted: Iterable[Feature] = (), logit_lens: bool = False, float8: bool = False
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.head = OutputHead(model)
         self.vocabulary = vocabulary
+        self.float8 = _in_float8(self.head, vocabulary) if float8 else None
         self.capture = FeatureCapture(model, wanted)
         self.readout = Readout(model, self.head, vocabulary) if logit_lens else None
 
@@ -86,7 +93,18 @@ class LocalTeacher:
         with torch.no_grad(), self.capture.opened() as tensors:
             hidden = self.head.last_hidden_states(self.model, inputs)
             features = {feature: self.capture.feature(feature, tensors) for feature in self.capture.wanted}
-        return TeacherSignals(DenseLogits(self.head, select(hidden, index), self.vocabulary), features)
+        return TeacherSignals(DenseLogits(self.head, select(hidden, index), self.vocabulary, self.float8), features)
 
     def close(self) -> None:
         self.capture.remove()
+        self.float8 = None
+
+
+def _in_float8(head: OutputHead, vocabulary: int) -> Float8Rows | None:
+    """The weight of a plain head in fp8, once; None where the kernels would not form the product."""
+    if not head.is_linear:
+        return None
+    weight: Tensor = head.module.weight  # type: ignore[assignment]
+    if not weight.is_cuda or weight.shape[1] % FLOAT8_MULTIPLE or unsuited(weight, weight, weight.dtype):
+        return None
+    return Float8Rows.of(weight.detach()[:vocabulary])

@@ -6,18 +6,23 @@ import pytest
 import tiny
 import torch
 
+pytest.importorskip("triton")
+
 from distily.batch import moved
+from distily.kernels.float8 import float8_rows
+from distily.kernels.products import relative_logits
+from distily.products import Float8Rows, Product
 from distily.speed import Speed
 
 pytestmark = pytest.mark.gpu
 
 
-def on_gpu(dtype, autocast=False, kernels=True, vocabulary=997, specs=("forward_kl",), **shape):
+def on_gpu(dtype, autocast=False, kernels=True, vocabulary=997, specs=("forward_kl",), float8=False, **shape):
     """Loss and gradients of one step of a tiny pair on the GPU, and how its terms were computed."""
     shape = {"hidden_size": 64, "vocab_size": vocabulary + 27, **shape}
     student, teacher = (tiny.model("llama", seed, dtype, **shape).cuda() for seed in (1, 2))
     batch = moved(tiny.collate(tiny.documents(40)), "cuda")
-    driver = tiny.driver(student, teacher, *specs, vocabulary=vocabulary, chunk_rows=None, kernels=kernels)
+    driver = tiny.driver(student, teacher, *specs, vocabulary=vocabulary, chunk_rows=None, kernels=kernels, float8=float8)
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         loss, gradients = tiny.accumulate(driver, student, [batch])
     return loss, gradients, driver.path
@@ -58,7 +63,6 @@ def loss_of(hidden, heads, labels, spec="forward_kl"):
 
     from distily.loss.chunks import ChunkWalk, chunked_loss
     from distily.loss.fused import forms_of
-    from distily.products import Product
 
     rows, head = hidden[0].clone().requires_grad_(), Head(heads[0].clone())
     terms = of(spec)
@@ -86,6 +90,53 @@ def test_gradients_of_large_and_odd_heads(count, vocabulary, width):
     loss.backward()
     assert float((at_rows.float() - rows.grad).norm() / rows.grad.norm()) < 5e-3
     assert float((at_head.float() - head.grad).norm() / head.grad.norm()) < 5e-3
+
+
+class TestFloat8:
+    """A teacher's logits in fp8."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(("count", "width"), [(1, 16), (130, 48), (257, 1040), (64, 8192)])
+    def test_rows_by_the_kernel_are_those_by_pytorch(self, dtype, count, width):
+        rows = (torch.randn(count, width, device="cuda") * torch.logspace(-3, 3, count, device="cuda")[:, None]).to(dtype)
+        rows[0] = 0.0
+        found, expected = float8_rows(rows), Float8Rows.of(rows)
+        torch.testing.assert_close(found.scale, expected.scale, rtol=0, atol=0)
+        torch.testing.assert_close(found.values.float(), expected.values.float(), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("options", [{}, {"scale": 0.25, "softcap": 3.0}])
+    @pytest.mark.parametrize(
+        ("count", "vocabulary", "width"), [(1, 257, 16), (130, 1003, 1040), (257, 768, 1024), (300, 1280, 2048)]
+    )
+    def test_logits_are_the_product_of_the_rounded_rows(self, count, vocabulary, width, options):
+        hidden, heads, _ = head_case(count, vocabulary, width)
+        low = [Float8Rows.of(each[0]) for each in (hidden, heads)]
+        bias = torch.randn(vocabulary, device="cuda").bfloat16()
+        product = Product(hidden[0], heads[0], bias, float8=low[1], **options)
+        exact = (low[0].values.double() * low[0].scale) @ (low[1].values.double() * low[1].scale).T
+        exact = (exact + bias.double()) * product.scale
+        exact = exact if product.softcap is None else product.softcap * (exact / product.softcap).tanh()
+        reference = torch.randn(count, device="cuda")
+        out = torch.full((count, -(-vocabulary // 128) * 128), float("nan"), dtype=torch.float16, device="cuda")
+        relative_logits(product, reference, out, 1.0)
+        found = out[:, :vocabulary].double() + reference.double()[:, None]
+        error = (found - exact).norm() / exact.norm()
+        assert error < 5e-3, error  # units for fp8 add up in 14 bits
+        torch.testing.assert_close(found, exact, rtol=1e-2, atol=5e-2)
+
+    def test_a_step_is_near_the_one_in_bfloat16(self):
+        plain, plain_gradients, _ = on_gpu(torch.bfloat16)
+        loss, gradients, path = on_gpu(torch.bfloat16, float8=True)
+        assert path == "fused kernels, the teacher's logits in fp8"
+        assert float(loss) == pytest.approx(float(plain), rel=2e-2)
+        errors = [float((gradients[name] - each).norm() / each.norm()) for name, each in plain_gradients.items()]
+        assert 0 < max(errors) < 0.1
+
+    @pytest.mark.parametrize(
+        "kept", [{"dtype": torch.float32}, {"dtype": torch.bfloat16, "hidden_size": 72}], ids=["float32", "72"]
+    )
+    def test_a_teacher_whose_product_is_not_for_it_keeps_its_own(self, kept):
+        assert on_gpu(**kept, float8=True)[2] == on_gpu(**kept)[2]
 
 
 def test_the_same_bits_twice():

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from distily import precision
+from distily.assembly import attached_driver
+from distily.config import resolve
 from distily.export import export_student
 from distily.loss.features import decoder_blocks
 from distily.speed import Speed
@@ -169,6 +171,18 @@ def test_the_number_of_layers_of_each_model_is_said_once():
     with applied("fp8", tiny.model(), tiny.model(num_hidden_layers=3), said) as both, both.paused():
         pass
     assert said == ["Speed, fp8: 14 linear layers of the student.", "Speed, fp8: 21 linear layers of the teacher."]
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernels", "asked"), [("fp8", True, True), ("fp8", False, False), ("int8", True, False), ("bf16", True, False)]
+)
+def test_fp8_asks_for_a_teachers_logits_in_it_where_kernels_form_them(kind, kernels, asked, monkeypatch):
+    seen = []
+    monkeypatch.setattr("distily.assembly.local_teacher", lambda *_, float8: seen.append(float8))
+    config = resolve({"output_dir": ".", "objectives": ["forward_kl"], "speed": {"kernels": kernels}})
+    chosen = Speed(kind, autocast=False, compiled=False, attention=None, on_gpu=True)
+    attached_driver(config, tiny.plugins(), tiny.model(), tiny.model(), tiny.VOCABULARY, [], chosen)
+    assert seen == [asked]
 
 
 def test_where_no_layer_is_eligible_that_is_said():

@@ -73,12 +73,18 @@ def plugins() -> Plugins:
 
 
 def driver(
-    student: object, teacher: object | None, *specs: str, chunk_rows: int = 5, vocabulary: int = VOCABULARY, **options: object
+    student: object,
+    teacher: object | None,
+    *specs: str,
+    chunk_rows: int = 5,
+    vocabulary: int = VOCABULARY,
+    float8: bool = False,
+    **options: object,
 ) -> Driver:
     """A driver for objective specs, attached to the student."""
     components = [parse_component(spec, "objectives") for spec in specs]
     terms = build_terms(components, plugins(), student, teacher, seed=0)
-    built = Driver(terms, local_teacher(teacher, terms, vocabulary), vocabulary, chunk_rows, **options)
+    built = Driver(terms, local_teacher(teacher, terms, vocabulary, float8), vocabulary, chunk_rows, **options)
     built.attach(student)
     return built
 

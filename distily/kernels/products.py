@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from distily.kernels.float8 import float8_rows
 from distily.products import Product
 
-BLOCK_VOCABULARY, BLOCK_WIDTH = 128, 64
-"""Tokens over which the softmax is summed at a time, and numbers of a row that are multiplied at a time."""
+BLOCK_VOCABULARY, BLOCK_BYTES = 128, 128
+"""Tokens over which the softmax is summed at a time, and bytes of a row that are multiplied at a time."""
 HALF_LIMIT = tl.constexpr(65504.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -57,10 +58,11 @@ def _finish(raw, scale, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _logits(
-    hidden, weight, out, bias_ptr, reference_ptr, parts_ptr, rows, vocabulary, width, scale, cap, inverse,
+    hidden, weight, out, row_scale_ptr, token_scale_ptr, bias_ptr, reference_ptr, parts_ptr,
+    rows, vocabulary, width, scale, cap, inverse,
     BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr, HARD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr, HARD: tl.constexpr, FLOAT8: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
     tiles, blocks = row_blocks * tl.cdiv(vocabulary, BLOCK_TOKENS), tl.cdiv(vocabulary, BLOCK)
@@ -71,12 +73,14 @@ def _logits(
         logits = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
         for start in range(0, width, BLOCK_WIDTH):
             logits = tl.dot(hidden.load([row, start]), weight.load([token, start]).T, logits)
-        tokens = token + tl.arange(0, BLOCK_TOKENS)
+        at, tokens = row + tl.arange(0, BLOCK_ROWS), token + tl.arange(0, BLOCK_TOKENS)
+        if FLOAT8:
+            logits *= tl.load(row_scale_ptr + at, mask=at < rows, other=0.0)[:, None]
+            logits *= tl.load(token_scale_ptr + tokens, mask=tokens < vocabulary, other=0.0)[None, :]
         if HAS_BIAS:
             logits += tl.load(bias_ptr + tokens, mask=tokens < vocabulary, other=0.0).to(tl.float32)[None, :]
         if HAS_SCALE or HAS_CAP:
             logits = _finish(logits, scale, cap, HAS_CAP)
-        at = row + tl.arange(0, BLOCK_ROWS)
         logits -= tl.load(reference_ptr + at, mask=at < rows, other=0.0)[:, None]
         if RAGGED:
             logits = tl.where((tokens < vocabulary)[None, :], logits, -float("inf"))
@@ -132,23 +136,29 @@ def relative_logits(product: Product, reference: Tensor, out: Tensor, temperatur
 
     Counted from a likely token, the logits that matter are near 0, where half precision is finest; it keeps eight times the digits of
     bfloat16. Gives ``(N, B, 2)`` for B blocks of the vocabulary: the highest logit, and Σ exp of the others less that over the temperature;
-    with ``hard`` ``(N, B, 3)``: the same sum without temperature. ``product`` is in bfloat16 or float16, see ``Product.unsuited``.
+    with ``hard`` ``(N, B, 3)``: the same sum without temperature. ``product`` is in bfloat16 or float16, see ``Product.unsuited``; one that
+    has its weight in fp8 too is formed in it, both operands scaled by row.
     """
     hidden, weight, bias = product.hidden, product.weight, product.bias
-    cut = tiling(hidden.shape[1], len(weight))
-    hidden_blocks = TensorDescriptor.from_tensor(hidden, [cut.rows, BLOCK_WIDTH])
-    weight_blocks = TensorDescriptor.from_tensor(weight, [cut.tokens, BLOCK_WIDTH])
+    row_scale = token_scale = reference
+    if product.float8 is not None:
+        low, weight, token_scale = float8_rows(hidden), product.float8.values, product.float8.scale
+        hidden, row_scale = low.values, low.scale
+    cut, block_width = tiling(hidden.shape[1], len(weight)), BLOCK_BYTES // hidden.itemsize
+    hidden_blocks = TensorDescriptor.from_tensor(hidden, [cut.rows, block_width])
+    weight_blocks = TensorDescriptor.from_tensor(weight, [cut.tokens, block_width])
     out_blocks = TensorDescriptor.from_tensor(out, [cut.rows, cut.tokens // 2])
     rows, vocabulary = len(hidden), len(weight)
     blocks = triton.cdiv(vocabulary, BLOCK_VOCABULARY)
     parts = torch.empty((rows, blocks, 3 if hard else 2), dtype=torch.float32, device=hidden.device)
     programs = min(_tiles(cut, rows, vocabulary), cut.programs * processors(hidden.device))
     _logits[(programs,)](
-        hidden_blocks, weight_blocks, out_blocks, reference if bias is None else bias, reference, parts,
+        hidden_blocks, weight_blocks, out_blocks, row_scale, token_scale, reference if bias is None else bias, reference, parts,
         rows, vocabulary, hidden.shape[1], product.scale, product.softcap or 0.0, LOG2_E.value / temperature,
-        BLOCK_ROWS=cut.rows, BLOCK_TOKENS=cut.tokens, BLOCK_WIDTH=BLOCK_WIDTH, PROGRAMS=programs, BLOCK=BLOCK_VOCABULARY,
-        PARTS=parts.shape[2], RAGGED=vocabulary % cut.tokens != 0, HARD=hard, HAS_BIAS=bias is not None, HAS_SCALE=product.scale != 1.0,
-        HAS_CAP=product.softcap is not None, num_warps=cut.warps, num_stages=cut.stages,
+        BLOCK_ROWS=cut.rows, BLOCK_TOKENS=cut.tokens, BLOCK_WIDTH=block_width, PROGRAMS=programs, BLOCK=BLOCK_VOCABULARY,
+        PARTS=parts.shape[2], RAGGED=vocabulary % cut.tokens != 0, HARD=hard, FLOAT8=product.float8 is not None,
+        HAS_BIAS=bias is not None, HAS_SCALE=product.scale != 1.0, HAS_CAP=product.softcap is not None,
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return parts
 

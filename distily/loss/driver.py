@@ -239,7 +239,8 @@ class Driver:
         if isinstance(fused, str):
             self._path = f"plain PyTorch, a chunk of logits at a time: {fused}"
             return None
-        self._path = "fused kernels"
+        teacher = ", the teacher's logits in fp8" if getattr(self.teacher, "float8", None) is not None else ""
+        self._path = f"fused kernels{teacher}"
         return fused
 
     def _pieces(self, terms: Sequence[Term], step: Step) -> list[Piece]:
@@ -313,13 +314,13 @@ class Driver:
             step.loss = upcast(step.rows.sum()) * 0.0
 
 
-def local_teacher(model: Any, terms: nn.ModuleDict, vocabulary: int) -> LocalTeacher | None:
-    """``model`` as the teacher that captures what the terms need; None where no term needs a teacher."""
+def local_teacher(model: Any, terms: nn.ModuleDict, vocabulary: int, float8: bool = False) -> LocalTeacher | None:
+    """``model`` as the teacher that captures what the terms need; None where no term needs a teacher. ``float8``: see ``LocalTeacher``."""
     every = [term for term in terms.values() if isinstance(term, Term)]
     if not any(term.description.needs_teacher for term in every):
         return None
     lens = any(term.site == "logit_lens" for term in every)
-    return LocalTeacher(model, vocabulary, [feature for term in every for feature in term.teacher_features], lens)
+    return LocalTeacher(model, vocabulary, [feature for term in every for feature in term.teacher_features], lens, float8)
 
 
 def _finish(student: nn.Module, arguments: Any, output: Any) -> Any:
