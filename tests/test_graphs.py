@@ -61,15 +61,18 @@ class Device:
 
 
 class TestChoice:
-    @pytest.mark.parametrize(("waits", "chosen"), [(0, False), (1, False), (2, True), (ASKED, True)])
-    def test_it_depends_on_whether_the_device_waits(self, waits, chosen, monkeypatch):
-        idle = iter([True] * waits + [False] * (ASKED - waits))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Device(next(idle)))
+    @pytest.mark.parametrize("asked", ["teacher", "student"])
+    @pytest.mark.parametrize(("waits", "chosen"), [(0, False), (ASKED // 2, False), (ASKED // 2 + 1, True), (ASKED, True)])
+    def test_it_depends_on_whether_the_device_waits(self, asked, waits, chosen, monkeypatch):
+        """It may be seen where the teacher's forward begins, or the student's behind it."""
         said = []
         graphs = Graphs(None, said.append)
-        for _ in range(ASKED):
-            assert graphs.wanted is None
-            graphs._ask()
+        for step in range(ASKED):
+            for role in ("teacher", "student"):
+                assert graphs.wanted is None
+                idle = role == asked and step >= ASKED - waits
+                monkeypatch.setattr(torch.cuda, "current_stream", lambda idle=idle: Device(idle))
+                graphs._ask(trains=role == "student")
         assert graphs.wanted is chosen
         line = "student and teacher are replayed as CUDA graphs" if chosen else "none"
         assert said == [f"Speed, graphs: {line}, the device waited for the host in {waits} of {ASKED} steps."]
