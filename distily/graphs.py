@@ -23,9 +23,9 @@ from distily.errors import RunError
 from distily.loss.attention import PREFIX
 
 Say = Callable[[str], None]
-ASKED = 8
-"""Steps in which it is asked, where the models' forwards begin, whether the device waits for the host. In more than half of them is no
-accident: behind a log it does in any training.
+ASKED, SIGNS, STARTS = 8, 2, 5
+"""Steps in which it is asked whether the device waits for the host, and how often that is no accident: where the student's forward begins,
+behind the teacher's, and where the step begins, which is more often, since compiling and logs make the device wait there in any training.
 """
 MOST = 32
 """Graphs of a body; beyond them shapes run as they are."""
@@ -44,7 +44,7 @@ class Graphs:
 
     def __init__(self, wanted: bool | None, say: Say) -> None:
         self.wanted, self.say = wanted, say
-        self._idle, self._waited = False, list[bool]()
+        self._idle, self._waited = False, list[tuple[bool, bool]]()
         self._bodies: dict[nn.Module, Body] = {}
 
     def __call__(self, module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
@@ -100,13 +100,16 @@ class Graphs:
 
     def _ask(self, trains: bool) -> None:
         """Has the device done all that it was given? Asked for the teacher, and for the student, which ``trains`` and is last in a step."""
-        self._idle |= torch.cuda.current_stream().query()
-        if trains:
-            self._waited.append(self._idle)
-            self._idle = False
+        idle = torch.cuda.current_stream().query()
+        if not trains:
+            self._idle = idle
+            return
+        self._waited.append((self._idle, idle))
+        self._idle = False
         if len(self._waited) == ASKED:
-            self.wanted = sum(self._waited) > ASKED / 2
-            found = f"the device waited for the host in {sum(self._waited)} of {ASKED} steps"
+            starts, behind = (sum(each) for each in zip(*self._waited, strict=True))
+            self.wanted = behind >= SIGNS or starts >= STARTS
+            found = f"the device waited for the host in {sum(map(any, self._waited))} of {ASKED} steps"
             self.say(f"Speed, graphs: {'student and teacher are replayed as CUDA graphs' if self.wanted else 'none'}, {found}.")
 
 

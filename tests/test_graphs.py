@@ -61,21 +61,30 @@ class Device:
 
 
 class TestChoice:
-    @pytest.mark.parametrize("asked", ["teacher", "student"])
-    @pytest.mark.parametrize(("waits", "chosen"), [(0, False), (ASKED // 2, False), (ASKED // 2 + 1, True), (ASKED, True)])
-    def test_it_depends_on_whether_the_device_waits(self, asked, waits, chosen, monkeypatch):
-        """It may be seen where the teacher's forward begins, or the student's behind it."""
+    @pytest.mark.parametrize(
+        ("starts", "behind", "waited", "chosen"),
+        [
+            (0, 0, 0, False),
+            (0, 1, 1, False),
+            (0, 2, 2, True),
+            (4, 0, 4, False),
+            (4, 1, 4, False),
+            (5, 0, 5, True),
+            (8, 8, 8, True),
+        ],
+    )
+    def test_it_depends_on_whether_the_device_waits(self, starts, behind, waited, chosen, monkeypatch):
+        """Where a step begins, which is where the teacher's forward does, and behind the teacher's forward."""
         said = []
         graphs = Graphs(None, said.append)
         for step in range(ASKED):
-            for role in ("teacher", "student"):
+            for often, trains in ((starts, False), (behind, True)):
                 assert graphs.wanted is None
-                idle = role == asked and step >= ASKED - waits
-                monkeypatch.setattr(torch.cuda, "current_stream", lambda idle=idle: Device(idle))
-                graphs._ask(trains=role == "student")
+                monkeypatch.setattr(torch.cuda, "current_stream", lambda idle=step < often: Device(idle))
+                graphs._ask(trains=trains)
         assert graphs.wanted is chosen
         line = "student and teacher are replayed as CUDA graphs" if chosen else "none"
-        assert said == [f"Speed, graphs: {line}, the device waited for the host in {waits} of {ASKED} steps."]
+        assert said == [f"Speed, graphs: {line}, the device waited for the host in {waited} of {ASKED} steps."]
 
     def test_never_means_as_it_is(self):
         layer = nn.Linear(2, 2)
