@@ -7,7 +7,8 @@ are held out, chosen by a hash of their name. The tokenizer is the demo's.
 Teacher: a Llama of width 768 and 12 blocks, trained here on labels for 0.3 of the time, and not beyond three passes over the text,
 with which it would learn it by heart. Student: half its blocks, copied, float32
 weights; forward KL. All students see the same batches of a seed; only `speed.precision` differs, which in 8 bits covers the student's
-forward and backward and the teacher's forward. Measured is always the plain model, in bf16, against the plain teacher.
+forward and backward and the teacher's forward. Measured is always the plain model, in bf16, against the plain teacher, whose
+weights are in bf16, so that fp8 covers its logits too.
 The number of steps is the same for all, and what fits into --minutes, as a few steps of each precision take.
 
 Writes precision.json and precision.md.
@@ -34,19 +35,19 @@ from provenance import Clocks, clocks_sentence, provenance, sentence
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distily.assembly import Assembly, assemble
-from distily.config import RunConfig, resolve
+from distily.config import resolve
 from distily.evaluation import measure
 from distily.plugins import load
 from distily.precision import UNITS, refusal
 from distily.record import read_metrics
 from distily.run import train
 from distily.sources import DEMO
-from distily.speed import choose
 
 SHAPES = {
     "768": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
+GRAPHS = "Speed, graphs: "
 METRICS = {"agreement_kl": "held-out KL", "perplexity": "held-out perplexity", "agreement_top1": "same first token"}
 TEACHER_SHARE, RESERVE = 0.3, 1.1
 PASSES = 3
@@ -139,10 +140,13 @@ class Trainings:
         place = self.folder / f"training-{self.count}"
         place.mkdir()
         student, quantizer = parts.new_student()
-        train(parts, student, quantizer, parts.config.objectives, place, None, print, max_steps=steps, learning_rate=rate)
+        said: list[str] = []
+        train(parts, student, quantizer, parts.config.objectives, place, None, said.append, max_steps=steps, learning_rate=rate)
+        graphs = [line.removeprefix(GRAPHS) for line in said if line.startswith(GRAPHS)]
         rows = [row for row in read_metrics(place / "metrics.jsonl") if "train_seconds" in row]
         seconds = statistics.median(row["train_seconds"] for row in rows[1:] or rows) / EVERY
         figures: dict[str, Any] = {"steps": steps, "seconds a step": seconds, "losses": [row["loss"] for row in rows]}
+        figures["graphs"] = "no" if not graphs or graphs[-1].startswith("none") else "yes"
         began = time.monotonic()
         if evaluate:
             figures |= measure(parts.evaluators, student, parts.context)
@@ -165,19 +169,13 @@ def teach(config: dict[str, Any], shape: dict[str, int], seconds: float, trainin
     return figures
 
 
-def with_precision(parts: Assembly, precision: str, seed: int) -> Assembly:
-    """The same parts for another precision and seed."""
-    config: RunConfig = replace(parts.config, speed=replace(parts.config.speed, precision=precision), seed=seed)  # type: ignore[arg-type]
-    return replace(parts, config=config, speed=choose(config))
-
-
 def compare(
     config: dict[str, Any], precisions: Sequence[str], chosen: argparse.Namespace, trainings: Trainings, end: float
-) -> Any:
-    """Pilots, then every seed in every precision: ``(steps, the figures of each training)``."""
-    parts = assemble(resolve(config), load())
-    pilots = {name: trainings.one(with_precision(parts, name, 0), PILOT, 5e-4, evaluate=False)[1] for name in precisions}
-    _, last = trainings.one(with_precision(parts, precisions[0], 0), EVERY, 5e-4)
+) -> tuple[int, list[dict[str, Any]], dict[str, str]]:
+    """Pilots, then every seed in every precision: steps, the figures of each training, and how each precision's loss is computed."""
+    every = {name: assemble(resolve({**config, "speed": {"precision": name}}), load()) for name in precisions}
+    pilots = {name: trainings.one(parts, PILOT, 5e-4, evaluate=False)[1] for name, parts in every.items()}
+    _, last = trainings.one(every[precisions[0]], EVERY, 5e-4)
     print({name: f"{1e3 * pilot['seconds a step']:.1f} ms a step" for name, pilot in pilots.items()}, flush=True)
     fixed = len(precisions) * (last["seconds to measure"] + 3.0)
     each = (end - time.monotonic()) / chosen.seeds - fixed
@@ -185,12 +183,12 @@ def compare(
     steps = max(EVERY, min(chosen.steps, steps))
     rows = []
     for seed in range(chosen.seeds):
-        for name in precisions:
-            _, figures = trainings.one(with_precision(parts, name, seed), steps, 5e-4)
+        for name, parts in every.items():
+            _, figures = trainings.one(replace(parts, config=replace(parts.config, seed=seed)), steps, 5e-4)
             rows.append({"precision": name, "seed": seed, **figures})
             told = ", ".join(f"{title} {figures[key]:.5g}" for key, title in METRICS.items() if key in figures)
             print(f"seed {seed}, {name}: {told}, {1e3 * figures['seconds a step']:.1f} ms a step", flush=True)
-    return steps, rows
+    return steps, rows, {name: parts.speed.loss or "plain PyTorch" for name, parts in every.items()}
 
 
 # The page.
@@ -218,6 +216,7 @@ def section(run: dict[str, Any]) -> list[str]:
         f"{teacher['perplexity']:.4g} (that of its last training batches {math.exp(teacher['losses'][-1]):.3g}). Students: "
         f"{run['parameters']['student']:,} parameters, {run['steps']:,} steps of "
         f"{run['batch'][0]} × {run['batch'][1]} tokens at most, {len(seeds)} seeds.",
+        *(f"Loss, {name}: {way}." for name, way in run.get("loss", {}).items()),
         "",
         "| precision | " + " | ".join(METRICS.values()) + " | ms a step |",
         "|---" * (len(METRICS) + 2) + "|",
@@ -232,8 +231,10 @@ def section(run: dict[str, Any]) -> list[str]:
     for name, own in by_precision.items():
         if name != first:
             lines += [f"**{name} − {first}, seed by seed: {_difference(own, by_precision[first])}.**", ""]
-    lines += ["| seed | precision | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 2) + "|"]
-    lines += [f"| {row['seed']} | {row['precision']} | {' | '.join(f'{row[key]:.5g}' for key in METRICS)} |" for row in rows]
+    lines += ["| seed | precision | " + " | ".join(METRICS.values()) + " | CUDA graphs |", "|---" * (len(METRICS) + 3) + "|"]
+    for row in rows:
+        cells = [str(row["seed"]), row["precision"], *(f"{row[key]:.5g}" for key in METRICS), row.get("graphs", "–")]
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -286,9 +287,9 @@ def main() -> None:
             f"Teacher after {time.monotonic() - began:.0f} s: {teacher['steps']} steps, perplexity {teacher['perplexity']:.4g}",
             flush=True,
         )
-        config |= {"teacher": str(folder / "teacher"), "objectives": ["forward_kl"]}
+        config |= {"teacher": {"model": str(folder / "teacher"), "dtype": "bfloat16"}, "objectives": ["forward_kl"]}
         config["student"] = {"config": {"num_hidden_layers": shape["num_hidden_layers"] // 2}}
-        steps, rows = compare(config, precisions, chosen, trainings, began + 60 * chosen.minutes)
+        steps, rows, loss = compare(config, precisions, chosen, trainings, began + 60 * chosen.minutes)
         parts = assemble(resolve(config), load())
         run = {
             "text": text,
@@ -298,6 +299,7 @@ def main() -> None:
             "steps": steps,
             "batch": [chosen.rows, chosen.length],
             "rows": rows,
+            "loss": loss,
             "absent": absent,
             "clocks": clocks.since(began),
             "provenance": provenance("torchao"),

@@ -106,8 +106,8 @@ class SpeedConfig:
     """What a training step is computed with. Without these keys a run chooses, and says what."""
 
     precision: Literal["auto", "float32", "bf16", "fp8", "int8"] = "auto"
-    """Arithmetic of matrix products: bf16, or 8 bits in the blocks' linear layers and bf16 elsewhere; auto: bf16 on a GPU, float32
-    on a CPU."""
+    """Arithmetic of matrix products: bf16, or 8 bits in the blocks' linear layers and bf16 elsewhere (fp8 also in teacher's logits that
+    kernels form); auto: bf16 on a GPU, float32 on a CPU."""
     compile: bool | None = None
     """Compile the decoder blocks of student and teacher, one by one; null: on a GPU."""
     graphs: bool | None = None

@@ -13,7 +13,7 @@ from distily.arguments import optimizer, training_arguments
 from distily.config import RunConfig
 from distily.plugins import load
 from distily.prediction import predict_memory
-from distily.products import too_old
+from distily.products import without_kernels
 from distily.record import check_folder
 from distily.speed import choose
 
@@ -49,7 +49,7 @@ def describe(config: RunConfig, resume: bool = False) -> str:
         packed=config.data.packing,
         device_type=arguments.device.type,
         combiner=config.combiner,
-        kernels=config.speed.kernels and too_old(arguments.device) is None,
+        kernels=config.speed.kernels and without_kernels(arguments.device) is None,
     )
     lines = [yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True).rstrip(), ""]
     lines += [_size("Teacher", config.teacher.model, teacher), _size("Student", config.student.model or "its shape", student)]

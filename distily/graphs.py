@@ -24,8 +24,8 @@ from distily.loss.attention import PREFIX
 
 Say = Callable[[str], None]
 ASKED, SIGNS, STARTS = 8, 2, 5
-"""Steps in which it is asked whether the device waits for the host, and how often that is no accident: where the student's forward begins,
-behind the teacher's, and where the step begins, which is more often, since compiling and logs make the device wait there in any training.
+"""Micro-batches in which it is asked whether the device waits for the host, and how often that is no accident: between the teacher's
+forward and the student's; and before the first of them, more often, since compiling and logs make the device wait there in any training.
 """
 MOST = 32
 """Graphs of a body; beyond them shapes run as they are."""
@@ -44,7 +44,8 @@ class Graphs:
 
     def __init__(self, wanted: bool | None, say: Say) -> None:
         self.wanted, self.say = wanted, say
-        self._idle, self._waited = False, list[tuple[bool, bool]]()
+        self._first: bool | None = None
+        self._waited: list[tuple[bool, bool]] = []
         self._bodies: dict[nn.Module, Body] = {}
 
     def __call__(self, module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
@@ -99,18 +100,19 @@ class Graphs:
         return recording
 
     def _ask(self, trains: bool) -> None:
-        """Has the device done all that it was given? Asked for the teacher, and for the student, which ``trains`` and is last in a step."""
+        """Has the device done all that it was given? Asked for the teacher, if there is one, and for the student, which ``trains``."""
         idle = torch.cuda.current_stream().query()
         if not trains:
-            self._idle = idle
+            self._first = idle
             return
-        self._waited.append((self._idle, idle))
-        self._idle = False
+        self._waited.append((idle, False) if self._first is None else (self._first, idle))
+        self._first = None
         if len(self._waited) == ASKED:
-            starts, behind = (sum(each) for each in zip(*self._waited, strict=True))
-            self.wanted = behind >= SIGNS or starts >= STARTS
-            found = f"the device waited for the host in {sum(map(any, self._waited))} of {ASKED} steps"
-            self.say(f"Speed, graphs: {'student and teacher are replayed as CUDA graphs' if self.wanted else 'none'}, {found}.")
+            first, between = (sum(each) for each in zip(*self._waited, strict=True))
+            self.wanted = first >= STARTS or between >= SIGNS
+            chosen = "student and teacher are replayed as CUDA graphs" if self.wanted else "none"
+            found = f"{first} times at the beginning and {between} times behind the teacher"
+            self.say(f"Speed, graphs: {chosen}, in {ASKED} micro-batches the device waited for the host {found}.")
 
 
 class Body:

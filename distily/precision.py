@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from distily.loss.features import decoder_blocks
-from distily.products import Float8Rows
+from distily.products import EIGHT_BIT_MULTIPLE, Float8Rows
 
-MULTIPLE = 16
-"""What both dimensions of a matrix must be multiples of, for the 8-bit units."""
 UNITS = {"fp8": (8, 9), "int8": (8, 0)}
 """The CUDA compute capability from which on there are units for it."""
 
@@ -39,7 +37,9 @@ def refusal(precision: str) -> str | None:
 def eligible(model: Any) -> list[nn.Linear]:
     """The plain linear layers inside the blocks whose dimensions are multiples of 16."""
     layers = [layer for block in decoder_blocks(model) for layer in block.modules() if type(layer) is nn.Linear]
-    return [layer for layer in layers if layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0]
+    return [
+        layer for layer in layers if not layer.in_features % EIGHT_BIT_MULTIPLE and not layer.out_features % EIGHT_BIT_MULTIPLE
+    ]
 
 
 def lower(layers: Sequence[nn.Linear], precision: str, backward: bool = True) -> Callable[[], None]:

@@ -6,7 +6,7 @@ the copies that autocast makes come out as they are. What cannot run without a G
 
 - Tensors are counted, for a GPU in blocks of 512 bytes: ``torch.cuda.max_memory_allocated`` is what is predicted. Not counted are
   the CUDA context, the allocator's cache and its fragmentation; CUDA graphs, for which a run decides while it trains and which keep
-  activations through the whole step; on a CPU, whatever else belongs to the size of the process.
+  activations through the whole step; the copies of a teacher's weights in fp8; on a CPU, whatever else belongs to the size of the process.
 - Fake tensors lie on the CPU: a PyTorch without CUDA has no autograd for others. For a GPU, attention (SDPA) gets the memory of
   the fused kernels, dropout keeps a mask of bytes, autocast widens what it widens there, cuBLAS has a workspace in two threads.
 - The step is a later one, the optimizer's state exists. Gradients are None before the forward, unless they accumulate.

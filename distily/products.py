@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.utils._triton as triton
 from torch import Tensor
 
-FLOAT8, FLOAT8_MULTIPLE = torch.float8_e4m3fn, 16
-"""What fp8 is here, and what a width must be a multiple of in it."""
+FLOAT8 = torch.float8_e4m3fn
+EIGHT_BIT_MULTIPLE = 16
+"""What dimensions of matrices must be multiples of, for the 8-bit units."""
 LEAST_LARGEST = 1e-12
 """What the largest value of a row counts as at least, so that a row of zeros has a scale."""
 
@@ -39,8 +41,8 @@ class Product:
     bias: Tensor | None
     scale: float = 1.0
     softcap: float | None = None
-    float8: Float8Rows | None = None
-    """``weight`` once more, for kernels that shall form the product in fp8."""
+    float8: Float8Rows | str | None = None
+    """``weight`` once more, for kernels that shall form the product in fp8; or, in words that end a sentence, why they shall not."""
 
     def rows(self, at: slice | Tensor) -> Product:
         return replace(self, hidden=self.hidden[at])
@@ -61,9 +63,9 @@ class Product:
 
 def unsuited(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot form the product in ``dtype``, in words that end a sentence; None where they can."""
-    width, old = weight.shape[1], too_old(hidden.device)
-    if old is not None:
-        return old
+    width, reason = weight.shape[1], without_kernels(hidden.device)
+    if reason is not None:
+        return reason
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the product is computed in {str(dtype).removeprefix('torch.')}, and the kernels compute in bfloat16"
     if width % 8 or not weight.is_contiguous() or not hidden.is_contiguous():
@@ -71,8 +73,10 @@ def unsuited(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str | None:
     return None
 
 
-def too_old(device: torch.device) -> str | None:
-    """The same for a GPU from before the kernels."""
+def without_kernels(device: torch.device) -> str | None:
+    """The same for a device on which they do not run at all."""
+    if not triton.has_triton_package():
+        return "Triton is not installed"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return f"{torch.cuda.get_device_name(device)} is older than Hopper, which the kernels are written for"
     return None

@@ -45,7 +45,8 @@ class Speed:
     """The choices. ``notes`` has a line for each that could not be had, with the reason."""
 
     precision: str
-    """Of the matrix products: float32, fp16, bf16; or fp8 or int8 in the blocks' linear layers and bf16 elsewhere."""
+    """Of the matrix products: float32, fp16, bf16; or fp8 or int8 in the blocks' linear layers (fp8 also in the teacher's logits, where
+    kernels form them) and bf16 elsewhere."""
     autocast: bool
     """Whether float32 weights are computed with in 16 bits."""
     compiled: bool
@@ -70,7 +71,8 @@ class Speed:
         """Each choice in words; on a CPU there are fewer."""
         products = self.precision
         if self.precision in precision.UNITS:
-            products += " in the blocks' linear layers, bf16 elsewhere"
+            logits = " and in teacher's logits that kernels form" if self.precision == "fp8" else ""
+            products += f" in the blocks' linear layers{logits}, bf16 elsewhere"
         if self.autocast:
             products += ", over float32 weights by autocast"
         if self.precision == "float32" and self.on_gpu:

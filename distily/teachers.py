@@ -5,7 +5,7 @@ Letters: B batch, S sequence, N supervised tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,7 +15,12 @@ from torch import Tensor
 from distily.loss.features import Feature, FeatureCapture
 from distily.loss.heads import OutputHead, select
 from distily.loss.readouts import Readout
-from distily.products import FLOAT8_MULTIPLE, Float8Rows, Product, unsuited
+from distily.products import EIGHT_BIT_MULTIPLE, Float8Rows, Product
+
+SAMPLE, FARTHEST = 256, 0.01
+"""Tokens on which logits in fp8 are compared with the others, and the mean KL divergence in nats up to which they may stand for them.
+Logits that share an offset many times their spread, which a softmax does not see, lose more.
+"""
 
 
 class LogitSource(Protocol):
@@ -53,28 +58,39 @@ class Teacher(Protocol):
 
 
 class DenseLogits:
-    """Logits computed from the last hidden states ``(N, H)`` and the head, a chunk at a time. ``float8``: the head's weight in fp8 too."""
+    """Logits computed from the last hidden states ``(N, H)`` and the head, a chunk at a time.
 
-    def __init__(self, head: OutputHead, hidden: Tensor, vocabulary: int, float8: Float8Rows | None = None) -> None:
+    ``float8``: gives the weight of a product in fp8, from which kernels form it, or why they shall not.
+    """
+
+    def __init__(
+        self, head: OutputHead, hidden: Tensor, vocabulary: int, float8: Callable[[Product], Float8Rows | str] | None = None
+    ) -> None:
         self.head, self.hidden, self.vocabulary, self.float8 = head, hidden, vocabulary, float8
 
     def chunk(self, rows: slice | Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
-            product = self.product(rows)
+            product = self._product(rows)
             if product is None:
                 return self.head.logits(self.hidden[rows], self.vocabulary)
             return self.head.finish(product.formed())
 
     def product(self, rows: slice | Tensor) -> Product | None:
+        product = self._product(rows)
+        if product is None or self.float8 is None or product.unsuited() or not len(self.hidden):
+            return product
+        sample = replace(product, hidden=self.hidden[:SAMPLE].to(product.hidden.dtype))
+        return replace(product, float8=self.float8(sample))
+
+    def _product(self, rows: slice | Tensor) -> Product | None:
         weight = getattr(self.head.module, "weight", None)
-        product = None if weight is None else self.head.product(self.hidden[rows], self.vocabulary, weight.dtype)
-        return product and replace(product, float8=self.float8)
+        return None if weight is None else self.head.product(self.hidden[rows], self.vocabulary, weight.dtype)
 
 
 class LocalTeacher:
     """Any Hugging Face causal language model in this process, frozen, of any dtype or Hugging Face quantisation.
 
-    ``float8``: the kernels of the loss form its logits in fp8, where they can.
+    ``float8``: the kernels of the loss form its logits in fp8, where they can, from a copy of its head.
     """
 
     has_features = True
@@ -85,7 +101,8 @@ class LocalTeacher:
         self.model = model.eval().requires_grad_(False)
         self.head = OutputHead(model)
         self.vocabulary = vocabulary
-        self.float8 = _in_float8(self.head, vocabulary) if float8 else None
+        self._wants_float8 = float8
+        self._float8: Float8Rows | str | None = None
         self.capture = FeatureCapture(model, wanted)
         self.readout = Readout(model, self.head, vocabulary) if logit_lens else None
 
@@ -93,18 +110,25 @@ class LocalTeacher:
         with torch.no_grad(), self.capture.opened() as tensors:
             hidden = self.head.last_hidden_states(self.model, inputs)
             features = {feature: self.capture.feature(feature, tensors) for feature in self.capture.wanted}
-        return TeacherSignals(DenseLogits(self.head, select(hidden, index), self.vocabulary, self.float8), features)
+        float8 = self._in_float8 if self._wants_float8 else None
+        return TeacherSignals(DenseLogits(self.head, select(hidden, index), self.vocabulary, float8), features)
 
     def close(self) -> None:
         self.capture.remove()
-        self.float8 = None
+        self._float8 = None
+
+    def _in_float8(self, sample: Product) -> Float8Rows | str:
+        """The head in fp8, made when kernels first ask for it, if its logits are near enough to the others in a ``sample``."""
+        if self._float8 is None:
+            self._float8 = _in_float8(sample)
+        return self._float8
 
 
-def _in_float8(head: OutputHead, vocabulary: int) -> Float8Rows | None:
-    """The weight of a plain head in fp8, once; None where the kernels would not form the product."""
-    if not head.is_linear:
-        return None
-    weight: Tensor = head.module.weight  # type: ignore[assignment]
-    if not weight.is_cuda or weight.shape[1] % FLOAT8_MULTIPLE or unsuited(weight, weight, weight.dtype):
-        return None
-    return Float8Rows.of(weight.detach()[:vocabulary])
+def _in_float8(sample: Product) -> Float8Rows | str:
+    from distily.kernels.products import divergence_in_float8, float8_rows
+
+    if sample.weight.shape[1] % EIGHT_BIT_MULTIPLE:
+        return f"rows of {sample.weight.shape[1]} numbers are not for fp8"
+    rows = float8_rows(sample.weight)
+    error = float(divergence_in_float8(sample, rows))
+    return rows if error <= FARTHEST else f"in fp8 they would be {error:.2g} nats off"

@@ -62,29 +62,33 @@ class Device:
 
 class TestChoice:
     @pytest.mark.parametrize(
-        ("starts", "behind", "waited", "chosen"),
-        [
-            (0, 0, 0, False),
-            (0, 1, 1, False),
-            (0, 2, 2, True),
-            (4, 0, 4, False),
-            (4, 1, 4, False),
-            (5, 0, 5, True),
-            (8, 8, 8, True),
-        ],
-    )
-    def test_it_depends_on_whether_the_device_waits(self, starts, behind, waited, chosen, monkeypatch):
-        """Where a step begins, which is where the teacher's forward does, and behind the teacher's forward."""
+        ("first", "between", "chosen"),
+        [("", "", False), ("", "0", False), ("", "06", True), ("1234", "", False), ("1234", "7", False), ("12345", "", True),
+         ("0", "06", True)],
+    )  # fmt: skip
+    def test_it_depends_on_whether_the_device_waits(self, first, between, chosen, monkeypatch):
+        """Before the teacher's forward, and between it and the student's, in the micro-batches with these numbers."""
         said = []
         graphs = Graphs(None, said.append)
-        for step in range(ASKED):
-            for often, trains in ((starts, False), (behind, True)):
+        for number in range(ASKED):
+            for where, trains in ((first, False), (between, True)):
                 assert graphs.wanted is None
-                monkeypatch.setattr(torch.cuda, "current_stream", lambda idle=step < often: Device(idle))
+                monkeypatch.setattr(torch.cuda, "current_stream", lambda idle=str(number) in where: Device(idle))
                 graphs._ask(trains=trains)
         assert graphs.wanted is chosen
         line = "student and teacher are replayed as CUDA graphs" if chosen else "none"
-        assert said == [f"Speed, graphs: {line}, the device waited for the host in {waited} of {ASKED} steps."]
+        assert said == [
+            f"Speed, graphs: {line}, in {ASKED} micro-batches the device waited for the host {len(first)} times at the beginning and "
+            f"{len(between)} times behind the teacher."
+        ]
+
+    @pytest.mark.parametrize(("waits", "chosen"), [(4, False), (5, True)])
+    def test_without_a_teacher_the_students_forward_is_the_beginning(self, waits, chosen, monkeypatch):
+        graphs = Graphs(None, print)
+        for number in range(ASKED):
+            monkeypatch.setattr(torch.cuda, "current_stream", lambda idle=number < waits: Device(idle))
+            graphs._ask(trains=True)
+        assert graphs.wanted is chosen
 
     def test_never_means_as_it_is(self):
         layer = nn.Linear(2, 2)

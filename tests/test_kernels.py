@@ -6,8 +6,11 @@ On a GPU they run as compiled, elsewhere in triton's interpreter, which is slow 
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,14 +20,15 @@ pytest.importorskip("triton")
 from tiny import plugins
 
 from distily.forms import FORMS, Form
-from distily.kernels.products import label_logits, relative_logits
+from distily.kernels.products import divergence_in_float8, float8_rows, label_logits, relative_logits
 from distily.kernels.rows import rows_pass
-from distily.loss.blocks import LEAST_BYTES, MOST_BYTES, Blocks, bytes_held, cut, largest_part
+from distily.loss.blocks import LEAST_BYTES, MOST_BYTES, Blocks, _available, bytes_held, cut, largest_part
 from distily.loss.chunks import ChunkWalk, Piece, chunked_loss
-from distily.loss.fused import FusedTerms, forms_of
+from distily.loss.fused import FusedTerms, forms_of, fuse
 from distily.loss.terms import build_terms
-from distily.products import Product
+from distily.products import Float8Rows, Product
 from distily.spec import parse_component
+from distily.teachers import LocalTeacher
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -165,6 +169,13 @@ def test_a_teacher_that_gives_its_logits_may_have_any_stride(count):
     torch.testing.assert_close(gradient[:, :130], expected_gradient)
 
 
+def test_without_triton_plain_pytorch_computes_the_loss(monkeypatch):
+    head, hidden = Head(torch.ones(8, 8, device=DEVICE)), torch.ones(2, 8, device=DEVICE)
+    assert isinstance(fuse(of("forward_kl"), head, hidden, torch.bfloat16), FusedTerms)
+    monkeypatch.setattr("torch.utils._triton.has_triton_package", lambda: False)
+    assert fuse(of("forward_kl"), head, hidden, torch.bfloat16) == "Triton is not installed"
+
+
 class TestBlocks:
     """Sizes are decided for a head of given shape, without its numbers."""
 
@@ -193,6 +204,11 @@ class TestBlocks:
     def test_a_frozen_head_has_room_for_larger_blocks(self):
         head = self.head(128256, 2048)
         assert cut(16384, head, None, None).rows > cut(16384, head, None, torch.bfloat16).rows
+
+    @pytest.mark.parametrize("free", [10**12, 2**30])
+    def test_buffers_take_a_quarter_of_what_is_free_at_most(self, free, monkeypatch):
+        monkeypatch.setattr("distily.memory.free", lambda device: free)
+        assert _available(torch.device("cuda")) == min(MOST_BYTES, free // 4)
 
     @pytest.mark.parametrize("count", [0, 1, 255])
     def test_few_tokens_get_no_more_rows_than_they_are(self, count):
@@ -232,6 +248,73 @@ def test_logits_are_counted_from_the_label_and_summed_up(count, width, vocabular
         torch.testing.assert_close(total, (out.double() / temperature).logsumexp(1), rtol=1e-5, atol=1e-5)
 
 
+class TestFloat8:
+    """A teacher's logits in fp8. The interpreter rounds to it in a coarser way, so what is exact is asked of a GPU alone."""
+
+    @pytest.mark.parametrize(("count", "width", "vocabulary"), [(3, 16, 257), (130, 64, 512), (70, 80, 700)])
+    @pytest.mark.parametrize("options", [{}, {"bias": True, "scale": 0.25}, {"bias": True, "softcap": 3.0}])
+    def test_logits_are_the_product_of_the_rounded_rows(self, count, width, vocabulary, options):
+        plain = product(count, width, vocabulary, **options)
+        low = replace(plain, float8=float8_rows(plain.weight))
+        rows, head = (each.values.double() * each.scale for each in (float8_rows(plain.hidden), low.float8))
+        exact = exact_logits(replace(plain, hidden=rows, weight=head))
+        reference = torch.randn(count, device=DEVICE)
+        out = torch.full((count, math.ceil(vocabulary / 128) * 128), float("nan"), dtype=torch.float16, device=DEVICE)
+        relative_logits(low, reference, out, 1.0)
+        found = out[:, :vocabulary].double() + reference.double()[:, None]
+        assert (found - exact).norm() < 5e-3 * exact.norm()  # units for fp8 add up in 14 bits
+        torch.testing.assert_close(found, exact, rtol=1e-2, atol=5e-2)
+
+    @pytest.mark.parametrize("options", [{}, {"bias": True, "scale": 0.5}, {"softcap": 3.0}])
+    def test_the_divergence_is_that_of_the_two_softmaxes(self, options):
+        plain = product(30, 64, 300, **options)
+        low = float8_rows(plain.weight)
+        rows, head = (each.values.double() * each.scale for each in (float8_rows(plain.hidden), low))
+        logs = [exact_logits(each).log_softmax(-1) for each in (plain, replace(plain, hidden=rows, weight=head))]
+        expected = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()
+        assert float(divergence_in_float8(plain, low)) == pytest.approx(float(expected), rel=0.05)
+
+    @pytest.mark.parametrize("specs", [["forward_kl"], ["jsd", "cross_entropy:weight=0.3"], ["reverse_kl:temperature=2"]])
+    def test_the_walk_is_near_the_one_in_half_precision(self, specs):
+        loss, _, *gradients = loss_and_gradients(specs, True, float8=True)
+        plain, _, *plain_gradients = loss_and_gradients(specs, True)
+        assert float(loss) == pytest.approx(float(plain), rel=5e-2)
+        for mine, other in zip(gradients, plain_gradients, strict=True):
+            assert 0 < float((mine - other).norm() / other.norm()) < 0.15
+
+    @staticmethod
+    def source(float8=True, offset=0.0, **options):
+        """What a tiny teacher says of a batch; its logits are about ``offset``."""
+        network = tiny.model(**{"dtype": HALF, "hidden_size": 64, "tie_word_embeddings": False, **options}).to(DEVICE)
+        inputs = {"input_ids": torch.arange(1, 13, device=DEVICE)[None]}
+        with torch.no_grad():
+            hidden = network.model(**inputs).last_hidden_state[0].double()
+            direction = torch.linalg.pinv(hidden) @ torch.ones(len(hidden), dtype=torch.float64, device=DEVICE)
+            network.lm_head.weight += (offset * direction).to(network.dtype)
+        return LocalTeacher(network, tiny.VOCABULARY, float8=float8).signals(inputs, torch.arange(12, device=DEVICE)).logits
+
+    def test_a_teacher_makes_its_head_once_and_only_for_kernels(self, monkeypatch):
+        monkeypatch.setattr("distily.teachers.FARTHEST", 1.0)
+        plain, low = self.source(False), self.source()
+        assert plain.product(slice(0, 2)).float8 is None
+        assert isinstance(low.product(slice(0, 2)).float8, Float8Rows)
+        assert low.product(slice(0, 2)).float8 is low.product(slice(3, 9)).float8
+        assert torch.equal(plain.chunk(slice(0, 3)), low.chunk(slice(0, 3)))
+
+    def test_logits_that_would_be_too_far_off_are_not_in_fp8(self):
+        """Those with a large offset: each token's is rounded on its own."""
+        terms = forms_of(of("forward_kl"))
+        source = self.source(offset=200.0)
+        reason = source.product(slice(0, 2)).float8
+        assert re.fullmatch(r"in fp8 they would be [\d.]+ nats off", reason)
+        assert terms.teacher_in_words(source) == f", the teacher's logits not in fp8: {reason}"
+        assert forms_of(of("cross_entropy")).teacher_in_words(source) == ""
+
+    def test_what_the_units_do_not_suit_is_not_in_fp8(self):
+        assert self.source(hidden_size=72).product(slice(0, 4)).float8 == "rows of 72 numbers are not for fp8"
+        assert self.source(dtype=torch.float32).product(slice(0, 4)).float8 is None
+
+
 class Head:
     """What a walk needs of an output embedding."""
 
@@ -262,9 +345,10 @@ class Teacher:
         return self.given_product.hidden[at].float() @ self.given_product.weight.float().T
 
 
-def loss_and_gradients(specs, fused, count=40, vocabulary=290, rows_of_head=310, block_rows=32, dense=False):
+def loss_and_gradients(specs, fused, count=40, vocabulary=290, rows_of_head=310, block_rows=32, dense=False, float8=False):
     """Loss and gradients of a walk over random rows, with the kernels or as the plain driver has them."""
     mine, theirs = product(count, 32, rows_of_head, 1), product(count, 48, vocabulary, 2)
+    theirs = replace(theirs, float8=float8_rows(theirs.weight)) if float8 else theirs
     terms = list(build_terms([parse_component(spec, "objectives") for spec in specs], plugins(), None, object()).values())
     hidden = mine.hidden.detach().clone().requires_grad_()
     head = Head(mine.weight.clone())

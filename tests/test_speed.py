@@ -168,7 +168,8 @@ class TestChoice:
     def test_every_choice_is_said_in_a_line(self, hopper):
         lines = choose(config(speed={"precision": "fp8"})).lines("adamw_torch_fused")
         assert lines == [
-            "Speed, precision: fp8 in the blocks' linear layers, bf16 elsewhere, over float32 weights by autocast.",
+            "Speed, precision: fp8 in the blocks' linear layers and in teacher's logits that kernels form, bf16 elsewhere, over float32 "
+            "weights by autocast.",
             "Speed, compile: decoder blocks, one by one, and the norm after them.",
             "Speed, optimizer: adamw_torch_fused.",
             "Speed, attention: in SDPA cudnn's kernel first where it can.",

@@ -5,7 +5,7 @@ Letters: N rows, H hidden width, V vocabulary, W the width of a row of the buffe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from distily.kernels.float8 import float8_rows
-from distily.products import Product
+from distily.products import FLOAT8, LEAST_LARGEST, Float8Rows, Product
 
 BLOCK_VOCABULARY, BLOCK_BYTES = 128, 128
 """Tokens over which the softmax is summed at a time, and bytes of a row that are multiplied at a time."""
@@ -119,6 +118,27 @@ def _label_logits(
     tl.store(out_ptr + row, tl.where(tl.abs(logit) < float("inf"), logit, 0.0))
 
 
+@triton.jit
+def _float8_rows(rows_ptr, values_ptr, scale_ptr, width, LEAST: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    values = tl.load(rows_ptr + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(values), 0), LEAST) * INVERSE  # as PyTorch divides by a number on a GPU
+    tl.store(scale_ptr + row, scale)
+    tl.store(values_ptr + row * width + at, tl.div_rn(values, scale).to(tl.float8e4nv), mask=at < width)
+
+
+def float8_rows(rows: Tensor) -> Float8Rows:
+    """``Float8Rows.of(rows)``, rows ``(n, H)`` without gaps, by one kernel, which needs no copy of them in float32."""
+    values, scale = torch.empty_like(rows, dtype=FLOAT8), torch.empty((len(rows), 1), dtype=torch.float32, device=rows.device)
+    if len(rows):
+        _float8_rows[(len(rows),)](
+            rows, values, scale, rows.shape[1], LEAST=LEAST_LARGEST, INVERSE=1.0 / torch.finfo(FLOAT8).max,
+            BLOCK=triton.next_power_of_2(rows.shape[1]), num_warps=4,
+        )  # fmt: skip
+    return Float8Rows(values, scale)
+
+
 def label_logits(product: Product, labels: Tensor) -> Tensor:
     """The logit of each row's label in float32, 0 where it is not finite: ``(N,) -> (N,)``."""
     hidden, weight, bias = product.hidden, product.weight, product.bias
@@ -141,9 +161,10 @@ def relative_logits(product: Product, reference: Tensor, out: Tensor, temperatur
     """
     hidden, weight, bias = product.hidden, product.weight, product.bias
     row_scale = token_scale = reference
-    if product.float8 is not None:
-        low, weight, token_scale = float8_rows(hidden), product.float8.values, product.float8.scale
-        hidden, row_scale = low.values, low.scale
+    in_float8 = isinstance(product.float8, Float8Rows)
+    if isinstance(product.float8, Float8Rows):
+        rows_low, weight_low = float8_rows(hidden), product.float8
+        hidden, row_scale, weight, token_scale = rows_low.values, rows_low.scale, weight_low.values, weight_low.scale
     cut, block_width = tiling(hidden.shape[1], len(weight)), BLOCK_BYTES // hidden.itemsize
     hidden_blocks = TensorDescriptor.from_tensor(hidden, [cut.rows, block_width])
     weight_blocks = TensorDescriptor.from_tensor(weight, [cut.tokens, block_width])
@@ -156,11 +177,24 @@ def relative_logits(product: Product, reference: Tensor, out: Tensor, temperatur
         hidden_blocks, weight_blocks, out_blocks, row_scale, token_scale, reference if bias is None else bias, reference, parts,
         rows, vocabulary, hidden.shape[1], product.scale, product.softcap or 0.0, LOG2_E.value / temperature,
         BLOCK_ROWS=cut.rows, BLOCK_TOKENS=cut.tokens, BLOCK_WIDTH=block_width, PROGRAMS=programs, BLOCK=BLOCK_VOCABULARY,
-        PARTS=parts.shape[2], RAGGED=vocabulary % cut.tokens != 0, HARD=hard, FLOAT8=product.float8 is not None,
+        PARTS=parts.shape[2], RAGGED=vocabulary % cut.tokens != 0, HARD=hard, FLOAT8=in_float8,
         HAS_BIAS=bias is not None, HAS_SCALE=product.scale != 1.0, HAS_CAP=product.softcap is not None,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return parts
+
+
+def divergence_in_float8(product: Product, float8: Float8Rows) -> Tensor:
+    """KL divergence in nats, from the softmax of a product to the same formed in fp8: the mean over its rows, ``()``."""
+    reference = label_logits(product, product.formed().argmax(-1))
+    width = triton.cdiv(len(product.weight), BLOCK_VOCABULARY) * BLOCK_VOCABULARY
+    logs = []
+    for each in (replace(product, float8=None), replace(product, float8=float8)):
+        out = torch.empty((len(reference), width), dtype=torch.float16, device=reference.device)
+        relative_logits(each, reference, out, 1.0)
+        logs.append(out[:, : len(product.weight)].float().log_softmax(-1))
+    exact, low = logs
+    return (exact.exp() * (exact - low)).sum(-1).mean()
 
 
 def waves(rows: int, width: int, vocabulary: int, device: torch.device) -> int:

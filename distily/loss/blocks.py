@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def _available(device: torch.device) -> int:
     return min(MOST_BYTES, memory.free(device) // 4) if device.type == "cuda" else MOST_BYTES
 
 
-@cache
+@lru_cache(256)
 def _part(rows: int, largest: int, width: int, vocabulary: int, device: torch.device) -> int:
     """The part of a block that leaves fewest processors idle at the ends of the teacher's products; of equals the largest."""
     from distily.kernels.products import waves

@@ -139,7 +139,7 @@ class _ChunkedLinear(torch.autograd.Function):
 
 def _fused(walk: ChunkWalk, fused: FusedTerms, head: Product, gradients: Gradients | None) -> Tensor:
     """The fused terms' sums over all rows, in the places of ``walk.keys``."""
-    source = walk.source if any(term.description.needs_teacher for term in fused.terms) else None
+    source = walk.source if fused.needs_teacher else None
     own = fused_rows(fused, head, source, walk.inputs, walk.weights, walk.items, gradients, walk.block_rows)
     sums = dict(zip((term.key for term in fused.terms), own, strict=True))
     return torch.stack([sums.get(key, own.new_zeros(())) for key in walk.keys])

@@ -200,10 +200,13 @@ class Driver:
             with torch.autocast(rows.device.type, enabled=False):
                 meeting = self.meetings.get("logits")
                 active = [term for term in terms if self._is_active(term, step)]
+                source = step.signals.logits if step.signals else None
                 fused = self._fused(active, rows, dtype)
+                if fused is not None:
+                    self._path = f"fused kernels{fused.teacher_in_words(source)}"
                 walk = ChunkWalk(
                     head=self.head,
-                    source=step.signals.logits if step.signals else None,
+                    source=source,
                     pieces=self._pieces([term for term in active if fused is None or term.is_row_set], step),
                     fused=fused,
                     block_rows=self.block_rows,
@@ -239,8 +242,6 @@ class Driver:
         if isinstance(fused, str):
             self._path = f"plain PyTorch, a chunk of logits at a time: {fused}"
             return None
-        teacher = ", the teacher's logits in fp8" if getattr(self.teacher, "float8", None) is not None else ""
-        self._path = f"fused kernels{teacher}"
         return fused
 
     def _pieces(self, terms: Sequence[Term], step: Step) -> list[Piece]:

@@ -23,6 +23,7 @@ from distily.loss.heads import OutputHead
 from distily.loss.terms import Term
 from distily.objectives import uniform
 from distily.products import Product, unsuited
+from distily.teachers import LogitSource
 
 MOST_FORMS, MOST_DRAWS = 8, 128
 
@@ -39,6 +40,19 @@ class FusedTerms:
     @property
     def names(self) -> list[str]:
         return [form.name for form in self.forms]
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any of them reads the teacher's logits."""
+        return any(term.description.needs_teacher for term in self.terms)
+
+    def teacher_in_words(self, source: LogitSource | None) -> str:
+        """What is special about the teacher's logits, as the end of a sentence."""
+        product = source.product(slice(0, 0)) if source is not None and self.needs_teacher else None
+        if product is None or product.float8 is None:
+            return ""
+        refused = isinstance(product.float8, str)
+        return f", the teacher's logits not in fp8: {product.float8}" if refused else ", the teacher's logits in fp8"
 
     @property
     def draws(self) -> int:

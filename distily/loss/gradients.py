@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.utils._triton as triton
 from torch import Tensor
 
 from distily.products import wide
@@ -113,7 +114,7 @@ def product(left: Tensor, right: Tensor, out: Tensor) -> None:
 def _scaled(values: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor:
     assert values is not None, "the loss was differentiated a second time, which it cannot be"
     assert dtype is not None
-    if not values.is_cuda:
+    if not values.is_cuda or not triton.has_triton():
         return (values * factor).to(dtype)
     from distily.kernels.scaling import scaled
 
