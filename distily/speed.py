@@ -37,6 +37,8 @@ SHAPES = 16
 SHORTEST = 64
 RIGHT_PADDED = "sdpa_right_padded"
 """Name under which transformers knows SDPA without a mask for the padding."""
+WIDE = "Speed, teacher: float32 weights, which compute in bf16, but its logits in float32; teacher.dtype=bfloat16 is faster."
+"""Said of a teacher whose checkpoint is so."""
 Say = Callable[[str], None]
 
 
@@ -226,6 +228,8 @@ class Applied:
             stack.callback(model.set_attn_implementation, name)
         halved = self.speed.precision not in ("float32", "fp16") and next(model.parameters()).dtype == torch.float32
         if role == "teacher" and halved:
+            if self.speed.on_gpu:
+                self._tell(WIDE)
             model.forward = MethodType(_autocasting, model)
             stack.callback(delattr, model, "forward")
         if self.speed.compiled and self._compilable(role, model):

@@ -17,7 +17,7 @@ from distily.loss.heads import OutputHead, select
 from distily.loss.readouts import Readout
 from distily.products import EIGHT_BIT_MULTIPLE, Float8Rows, Product
 
-SAMPLE, FARTHEST = 256, 0.01
+SAMPLE, FARTHEST = 64, 0.01
 """Tokens on which logits in fp8 are compared with the others, and the mean KL divergence in nats up to which they may stand for them.
 Logits that share an offset many times their spread, which a softmax does not see, lose more.
 """

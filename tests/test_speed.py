@@ -21,7 +21,7 @@ from distily.errors import DistilyError
 from distily.loss.features import FeatureCapture, decoder_blocks
 from distily.record import read_metrics
 from distily.run import distill, train
-from distily.speed import Speed, choose
+from distily.speed import WIDE, Speed, choose
 
 LIKE = {"autocast": False, "attention": None}
 """What most of the choices below have in common."""
@@ -332,13 +332,16 @@ class TestApplied:
             packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         torch.testing.assert_close(packed[:, 9:], alone, rtol=1e-4, atol=1e-4)
 
-    def test_a_teacher_with_float32_weights_computes_in_bf16_too(self):
-        student, teacher, ids = tiny.model(), tiny.model(seed=1).eval(), tokens()
+    @pytest.mark.parametrize("on_gpu", [False, True])
+    def test_a_teacher_with_float32_weights_computes_in_bf16_too(self, on_gpu):
+        student, teacher, ids, said = tiny.model(), tiny.model(seed=1).eval(), tokens(), []
         plain = teacher(input_ids=ids, use_cache=False).logits
-        with Speed("bf16", autocast=True, compiled=False, attention=None, on_gpu=False).applied(student, teacher):
+        speed = Speed("bf16", autocast=True, compiled=False, attention=None, on_gpu=on_gpu)
+        with speed.applied(student, teacher, said.append):
             halved = teacher(input_ids=ids, use_cache=False).logits
         assert 1e-4 < float(((halved - plain).norm() / plain.norm()).detach()) < 5e-2
         assert torch.equal(teacher(input_ids=ids, use_cache=False).logits, plain)
+        assert said == [WIDE] * on_gpu
 
 
 class TestRuns:
