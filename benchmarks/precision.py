@@ -140,9 +140,13 @@ class Trainings:
         place = self.folder / f"training-{self.count}"
         place.mkdir()
         student, quantizer = parts.new_student()
-        said: list[str] = []
-        train(parts, student, quantizer, parts.config.objectives, place, None, said.append, max_steps=steps, learning_rate=rate)
-        graphs = [line.removeprefix(GRAPHS) for line in said if line.startswith(GRAPHS)]
+        graphs: list[str] = []
+
+        def say(line: str) -> None:
+            print(line)
+            graphs.extend([line.removeprefix(GRAPHS)] if line.startswith(GRAPHS) else [])
+
+        train(parts, student, quantizer, parts.config.objectives, place, None, say, max_steps=steps, learning_rate=rate)
         rows = [row for row in read_metrics(place / "metrics.jsonl") if "train_seconds" in row]
         seconds = statistics.median(row["train_seconds"] for row in rows[1:] or rows) / EVERY
         figures: dict[str, Any] = {"steps": steps, "seconds a step": seconds, "losses": [row["loss"] for row in rows]}
@@ -170,14 +174,13 @@ def teach(config: dict[str, Any], shape: dict[str, int], seconds: float, trainin
 
 
 def compare(
-    config: dict[str, Any], precisions: Sequence[str], chosen: argparse.Namespace, trainings: Trainings, end: float
-) -> tuple[int, list[dict[str, Any]], dict[str, str]]:
-    """Pilots, then every seed in every precision: steps, the figures of each training, and how each precision's loss is computed."""
-    every = {name: assemble(resolve({**config, "speed": {"precision": name}}), load()) for name in precisions}
+    every: dict[str, Assembly], chosen: argparse.Namespace, trainings: Trainings, end: float
+) -> tuple[int, list[dict[str, Any]]]:
+    """Pilots, then every seed in every precision: ``(steps, the figures of each training)``."""
     pilots = {name: trainings.one(parts, PILOT, 5e-4, evaluate=False)[1] for name, parts in every.items()}
-    _, last = trainings.one(every[precisions[0]], EVERY, 5e-4)
+    _, last = trainings.one(next(iter(every.values())), EVERY, 5e-4)
     print({name: f"{1e3 * pilot['seconds a step']:.1f} ms a step" for name, pilot in pilots.items()}, flush=True)
-    fixed = len(precisions) * (last["seconds to measure"] + 3.0)
+    fixed = len(every) * (last["seconds to measure"] + 3.0)
     each = (end - time.monotonic()) / chosen.seeds - fixed
     steps = int(each / (RESERVE * sum(pilot["seconds a step"] for pilot in pilots.values()))) // EVERY * EVERY
     steps = max(EVERY, min(chosen.steps, steps))
@@ -188,7 +191,7 @@ def compare(
             rows.append({"precision": name, "seed": seed, **figures})
             told = ", ".join(f"{title} {figures[key]:.5g}" for key, title in METRICS.items() if key in figures)
             print(f"seed {seed}, {name}: {told}, {1e3 * figures['seconds a step']:.1f} ms a step", flush=True)
-    return steps, rows, {name: parts.speed.loss or "plain PyTorch" for name, parts in every.items()}
+    return steps, rows
 
 
 # The page.
@@ -289,8 +292,9 @@ def main() -> None:
         )
         config |= {"teacher": {"model": str(folder / "teacher"), "dtype": "bfloat16"}, "objectives": ["forward_kl"]}
         config["student"] = {"config": {"num_hidden_layers": shape["num_hidden_layers"] // 2}}
-        steps, rows, loss = compare(config, precisions, chosen, trainings, began + 60 * chosen.minutes)
-        parts = assemble(resolve(config), load())
+        every = {name: assemble(resolve({**config, "speed": {"precision": name}}), load()) for name in precisions}
+        steps, rows = compare(every, chosen, trainings, began + 60 * chosen.minutes)
+        parts = every[precisions[0]]
         run = {
             "text": text,
             "data": "; ".join(f"{part}: {report}" for part, report in parts.data.report.items()),
@@ -299,7 +303,7 @@ def main() -> None:
             "steps": steps,
             "batch": [chosen.rows, chosen.length],
             "rows": rows,
-            "loss": loss,
+            "loss": {name: each.speed.loss or "plain PyTorch" for name, each in every.items()},
             "absent": absent,
             "clocks": clocks.since(began),
             "provenance": provenance("torchao"),

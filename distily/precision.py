@@ -37,9 +37,7 @@ def refusal(precision: str) -> str | None:
 def eligible(model: Any) -> list[nn.Linear]:
     """The plain linear layers inside the blocks whose dimensions are multiples of 16."""
     layers = [layer for block in decoder_blocks(model) for layer in block.modules() if type(layer) is nn.Linear]
-    return [
-        layer for layer in layers if not layer.in_features % EIGHT_BIT_MULTIPLE and not layer.out_features % EIGHT_BIT_MULTIPLE
-    ]
+    return [layer for layer in layers if not any(size % EIGHT_BIT_MULTIPLE for size in layer.weight.shape)]
 
 
 def lower(layers: Sequence[nn.Linear], precision: str, backward: bool = True) -> Callable[[], None]:

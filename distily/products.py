@@ -5,6 +5,7 @@ Letters: N rows, H hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 FLOAT8 = torch.float8_e4m3fn
 EIGHT_BIT_MULTIPLE = 16
 """What dimensions of matrices must be multiples of, for the 8-bit units."""
+WIDTH_MULTIPLE = 128
+"""What rows of logits are padded to."""
 LEAST_LARGEST = 1e-12
 """What the largest value of a row counts as at least, so that a row of zeros has a scale."""
 
@@ -80,6 +83,11 @@ def without_kernels(device: torch.device) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return f"{torch.cuda.get_device_name(device)} is older than Hopper, which the kernels are written for"
     return None
+
+
+def width_of(vocabulary: int) -> int:
+    """W: V and the padding without which products would have odd sizes."""
+    return math.ceil(vocabulary / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

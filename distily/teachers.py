@@ -120,11 +120,11 @@ class LocalTeacher:
     def _in_float8(self, sample: Product) -> Float8Rows | str:
         """The head in fp8, made when kernels first ask for it, if its logits are near enough to the others in a ``sample``."""
         if self._float8 is None:
-            self._float8 = _in_float8(sample)
+            self._float8 = _measured_in_float8(sample)
         return self._float8
 
 
-def _in_float8(sample: Product) -> Float8Rows | str:
+def _measured_in_float8(sample: Product) -> Float8Rows | str:
     from distily.kernels.products import divergence_in_float8, float8_rows
 
     if sample.weight.shape[1] % EIGHT_BIT_MULTIPLE:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from distily.products import FLOAT8, LEAST_LARGEST, Float8Rows, Product
+from distily.products import FLOAT8, LEAST_LARGEST, Float8Rows, Product, width_of
 
 BLOCK_VOCABULARY, BLOCK_BYTES = 128, 128
 """Tokens over which the softmax is summed at a time, and bytes of a row that are multiplied at a time."""
@@ -161,10 +161,10 @@ def relative_logits(product: Product, reference: Tensor, out: Tensor, temperatur
     """
     hidden, weight, bias = product.hidden, product.weight, product.bias
     row_scale = token_scale = reference
-    in_float8 = isinstance(product.float8, Float8Rows)
-    if isinstance(product.float8, Float8Rows):
-        rows_low, weight_low = float8_rows(hidden), product.float8
-        hidden, row_scale, weight, token_scale = rows_low.values, rows_low.scale, weight_low.values, weight_low.scale
+    low = product.float8 if isinstance(product.float8, Float8Rows) else None
+    if low is not None:
+        rows_low = float8_rows(hidden)
+        hidden, row_scale, weight, token_scale = rows_low.values, rows_low.scale, low.values, low.scale
     cut, block_width = tiling(hidden.shape[1], len(weight)), BLOCK_BYTES // hidden.itemsize
     hidden_blocks = TensorDescriptor.from_tensor(hidden, [cut.rows, block_width])
     weight_blocks = TensorDescriptor.from_tensor(weight, [cut.tokens, block_width])
@@ -177,7 +177,7 @@ def relative_logits(product: Product, reference: Tensor, out: Tensor, temperatur
         hidden_blocks, weight_blocks, out_blocks, row_scale, token_scale, reference if bias is None else bias, reference, parts,
         rows, vocabulary, hidden.shape[1], product.scale, product.softcap or 0.0, LOG2_E.value / temperature,
         BLOCK_ROWS=cut.rows, BLOCK_TOKENS=cut.tokens, BLOCK_WIDTH=block_width, PROGRAMS=programs, BLOCK=BLOCK_VOCABULARY,
-        PARTS=parts.shape[2], RAGGED=vocabulary % cut.tokens != 0, HARD=hard, FLOAT8=in_float8,
+        PARTS=parts.shape[2], RAGGED=vocabulary % cut.tokens != 0, HARD=hard, FLOAT8=low is not None,
         HAS_BIAS=bias is not None, HAS_SCALE=product.scale != 1.0, HAS_CAP=product.softcap is not None,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
@@ -187,12 +187,11 @@ def relative_logits(product: Product, reference: Tensor, out: Tensor, temperatur
 def divergence_in_float8(product: Product, float8: Float8Rows) -> Tensor:
     """KL divergence in nats, from the softmax of a product to the same formed in fp8: the mean over its rows, ``()``."""
     reference = label_logits(product, product.formed().argmax(-1))
-    width = triton.cdiv(len(product.weight), BLOCK_VOCABULARY) * BLOCK_VOCABULARY
-    logs = []
+    vocabulary, logs = len(product.weight), []
     for each in (replace(product, float8=None), replace(product, float8=float8)):
-        out = torch.empty((len(reference), width), dtype=torch.float16, device=reference.device)
+        out = torch.empty((len(reference), width_of(vocabulary)), dtype=torch.float16, device=reference.device)
         relative_logits(each, reference, out, 1.0)
-        logs.append(out[:, : len(product.weight)].float().log_softmax(-1))
+        logs.append(out[:, :vocabulary].float().log_softmax(-1))
     exact, low = logs
     return (exact.exp() * (exact - low)).sum(-1).mean()
 

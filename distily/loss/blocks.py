@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distily import memory
-from distily.products import wide
+from distily.products import wide, width_of
 
 MOST_BYTES, LEAST_BYTES = 1900 * 2**20, 256 * 2**20
 """What the buffers and the head's gradient may take together, if a quarter of the free memory is not less; what a block gets anyway."""
@@ -21,7 +21,7 @@ PART_BYTES = 320 * 2**20
 """What a part may take: more of it would save nothing but launches."""
 FEW = 8
 """Pieces that may add up in bfloat16: each rounds the sum, which leaves its error below 3.5e-3, where that of one piece is 2.4e-3."""
-WIDTH_MULTIPLE, ROW_MULTIPLE = 128, 256
+ROW_MULTIPLE = 256
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,6 @@ class Blocks:
     part: int
     few: bool
     """Whether the head's gradient comes in so few pieces that they may add up in its own dtype."""
-
-
-def width_of(vocabulary: int) -> int:
-    """W: V and the padding without which products would have odd sizes."""
-    return math.ceil(vocabulary / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def cut(

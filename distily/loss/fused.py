@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from distily.forms import Form
-from distily.loss.blocks import Blocks, cut, width_of
+from distily.loss.blocks import Blocks, cut
 from distily.loss.gradients import Gradients
 from distily.loss.heads import OutputHead
 from distily.loss.terms import Term
 from distily.objectives import uniform
-from distily.products import Product, unsuited
+from distily.products import Product, unsuited, width_of
 from distily.teachers import LogitSource
 
 MOST_FORMS, MOST_DRAWS = 8, 128
