@@ -29,7 +29,7 @@ from distily.speed import Say, Speed, choose
 
 LEAST, MOST = 3, 50
 """Steps that are timed, however long or short they are."""
-SETTLING = 16
+SETTLING = 24
 """Steps in which a step may decide how it runs."""
 CALIBRATION = 1000
 """Batches that calibrated components may see, at most."""

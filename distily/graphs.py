@@ -21,12 +21,11 @@ from transformers.utils import import_utils
 from distily import memory
 from distily.errors import RunError
 from distily.loss.attention import PREFIX
+from distily.waiting import Watch
 
 Say = Callable[[str], None]
-ASKED, SIGNS, STARTS = 8, 2, 5
-"""Micro-batches in which it is asked whether the device waits for the host, and how often that is no accident: between the teacher's
-forward and the student's; and before the first of them, more often, since compiling and logs make the device wait there in any training.
-"""
+WORKS = 0.95
+"""Share of a micro-batch's time in which the device works: from here on there is nothing to gain."""
 MOST = 32
 """Graphs of a body; beyond them shapes run as they are."""
 AGAIN = 8
@@ -44,8 +43,7 @@ class Graphs:
 
     def __init__(self, wanted: bool | None, say: Say) -> None:
         self.wanted, self.say = wanted, say
-        self._first: bool | None = None
-        self._waited: list[tuple[bool, bool]] = []
+        self._watch, self._teacher_ran = Watch(), False
         self._bodies: dict[nn.Module, Body] = {}
 
     def __call__(self, module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
@@ -69,6 +67,7 @@ class Graphs:
             memory.count_graphs(0)
         for body in self._bodies.values():
             body.forget()
+        self._watch.interrupted()
 
     def _recording(self, module: nn.Module, leaves: list[Any], structure: Any) -> Recording | None:
         """What to replay; None: compute it as it is."""
@@ -81,9 +80,10 @@ class Graphs:
         if body.refused or key not in body.recordings:
             if len(body.recordings) < MOST:
                 body.recordings[key] = None
+            self._watch.interrupted()
             return None
         if self.wanted is None:
-            self._ask(trains=torch.is_grad_enabled())
+            self._ask(sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)))
             return None
         recording = body.recordings[key]
         if recording is not None and not recording.holds():
@@ -99,20 +99,17 @@ class Graphs:
             memory.count_graphs(memory.kept_by_graphs())
         return recording
 
-    def _ask(self, trains: bool) -> None:
-        """Has the device done all that it was given? Asked for the teacher, if there is one, and for the student, which ``trains``."""
-        idle = torch.cuda.current_stream().query()
-        if not trains:
-            self._first = idle
-            return
-        self._waited.append((idle, False) if self._first is None else (self._first, idle))
-        self._first = None
-        if len(self._waited) == ASKED:
-            first, between = (sum(each) for each in zip(*self._waited, strict=True))
-            self.wanted = first >= STARTS or between >= SIGNS
+    def _ask(self, numbers: int) -> None:
+        """Does the device wait? A micro-batch begins with the teacher's forward, or the student's, which trains, where there is none."""
+        trains = torch.is_grad_enabled()
+        if not (trains and self._teacher_ran):
+            self._watch.begins(numbers)
+        self._teacher_ran = not trains
+        if (found := self._watch.found()) is not None:
+            took, worked = found
+            self.wanted = worked < WORKS * took
             chosen = "student and teacher are replayed as CUDA graphs" if self.wanted else "none"
-            found = f"{first} times at the beginning and {between} times behind the teacher"
-            self.say(f"Speed, graphs: {chosen}, in {ASKED} micro-batches the device waited for the host {found}.")
+            self.say(f"Speed, graphs: {chosen}, a micro-batch took {took:.3g} ms, of which the device worked {worked:.3g}.")
 
 
 class Body:

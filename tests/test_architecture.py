@@ -30,6 +30,7 @@ LAYERS = [
         "batch",
         "products",
         "compilation",
+        "waiting",
         "graphs",
         "kernels.__init__",
         "kernels.forms",

@@ -12,10 +12,12 @@ from torch import nn
 
 from distily import memory
 from distily.batch import model_inputs, moved
+from distily.benchmark import SETTLING
 from distily.errors import RunError
-from distily.graphs import AGAIN, ASKED, Body, Graphs, _apart, _fits
+from distily.graphs import AGAIN, Body, Graphs, _apart, _fits
 from distily.loss.features import FeatureCapture, body, decoder_blocks
 from distily.speed import Speed
+from distily.waiting import AHEAD, PLAIN
 
 on_gpu = pytest.mark.gpu
 
@@ -53,42 +55,37 @@ def in_use(reserved, allocated):
     }
 
 
-class Device:
-    """A device that is idle, or not, when it is asked."""
+class Seen:
+    """A watch that has found something after three micro-batches."""
 
-    def __init__(self, idle):
-        self.query = lambda: idle
+    def __init__(self, took, worked):
+        self.begun, self.result = [], (took, worked)
+
+    def begins(self, numbers):
+        self.begun.append(numbers)
+
+    def found(self):
+        return self.result if len(self.begun) == 3 else None
 
 
 class TestChoice:
-    @pytest.mark.parametrize(
-        ("first", "between", "chosen"),
-        [("", "", False), ("", "0", False), ("", "06", True), ("1234", "", False), ("1234", "7", False), ("12345", "", True),
-         ("0", "06", True)],
-    )  # fmt: skip
-    def test_it_depends_on_whether_the_device_waits(self, first, between, chosen, monkeypatch):
-        """Before the teacher's forward, and between it and the student's, in the micro-batches with these numbers."""
+    @pytest.mark.parametrize(("worked", "chosen"), [(24.0, True), (28.4, True), (28.6, False), (30.0, False)])
+    @pytest.mark.parametrize("has_teacher", [False, True])
+    def test_it_depends_on_whether_the_device_waits(self, has_teacher, worked, chosen):
         said = []
         graphs = Graphs(None, said.append)
-        for number in range(ASKED):
-            for where, trains in ((first, False), (between, True)):
-                assert graphs.wanted is None
-                monkeypatch.setattr(torch.cuda, "current_stream", lambda idle=str(number) in where: Device(idle))
-                graphs._ask(trains=trains)
+        graphs._watch = Seen(30.0, worked)
+        for _ in range(3):
+            assert graphs.wanted is None
+            if has_teacher:
+                with torch.no_grad():
+                    graphs._ask(7)
+            if graphs.wanted is None:
+                graphs._ask(7)
+        assert graphs._watch.begun == [7, 7, 7]
         assert graphs.wanted is chosen
         line = "student and teacher are replayed as CUDA graphs" if chosen else "none"
-        assert said == [
-            f"Speed, graphs: {line}, in {ASKED} micro-batches the device waited for the host {len(first)} times at the beginning and "
-            f"{len(between)} times behind the teacher."
-        ]
-
-    @pytest.mark.parametrize(("waits", "chosen"), [(4, False), (5, True)])
-    def test_without_a_teacher_the_students_forward_is_the_beginning(self, waits, chosen, monkeypatch):
-        graphs = Graphs(None, print)
-        for number in range(ASKED):
-            monkeypatch.setattr(torch.cuda, "current_stream", lambda idle=number < waits: Device(idle))
-            graphs._ask(trains=True)
-        assert graphs.wanted is chosen
+        assert said == [f"Speed, graphs: {line}, a micro-batch took 30 ms, of which the device worked {worked:.3g}."]
 
     def test_never_means_as_it_is(self):
         layer = nn.Linear(2, 2)
@@ -154,8 +151,8 @@ class TestChoice:
     def test_a_tiny_model_makes_the_device_wait(self):
         student, said = model().train(), []
         with speed(None).applied(student, say=said.append) as applied:
-            for _ in range(ASKED + 2):
-                assert not applied.settled
+            for number in range(SETTLING):
+                assert not applied.settled or number > PLAIN + AHEAD
                 gradients(student, batch())
             assert applied.settled
             assert memory.read()["memory_now"] > torch.cuda.memory_allocated()
