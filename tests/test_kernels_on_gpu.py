@@ -9,6 +9,7 @@ import tiny
 import torch
 
 pytest.importorskip("triton")
+from triton import knobs
 
 from distily.batch import moved
 from distily.kernels.products import divergence_in_float8, float8_rows, label_logits, relative_logits
@@ -137,6 +138,18 @@ def test_the_same_bits_twice():
     given = head_case(700, 32000, 512)
     first, second = loss_of(*given, "jsd"), loss_of(*given, "jsd")
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("vocabulary", [1024, 32003])
+@pytest.mark.parametrize("spec", ["jsd", "top_k:k=8"])
+def test_nothing_is_compiled_for_another_number_of_tokens(spec, vocabulary, monkeypatch):
+    """Real batches have another one in each step; a kernel takes a second to compile."""
+    loss_of(*head_case(300, vocabulary, 256), spec)
+    compiled = []
+    monkeypatch.setattr(knobs.compilation, "listener", lambda src, **_: compiled.append(src.name))
+    for count in (1, 17, 301, 512, 4099, 16000):
+        loss_of(*head_case(count, vocabulary, 256), spec)
+    assert not compiled
 
 
 def test_memory_does_not_grow_with_tokens(monkeypatch):

@@ -55,7 +55,7 @@ def _finish(raw, scale, cap, HAS_CAP: tl.constexpr):
     return logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _logits(
     hidden, weight, out, row_scale_ptr, token_scale_ptr, bias_ptr, reference_ptr, parts_ptr,
     rows, vocabulary, width, scale, cap, inverse,
@@ -172,7 +172,9 @@ def relative_logits(product: Product, reference: Tensor, out: Tensor, temperatur
     rows, vocabulary = len(hidden), len(weight)
     blocks = triton.cdiv(vocabulary, BLOCK_VOCABULARY)
     parts = torch.empty((rows, blocks, 3 if hard else 2), dtype=torch.float32, device=hidden.device)
-    programs = min(_tiles(cut, rows, vocabulary), cut.programs * processors(hidden.device))
+    programs = cut.programs * processors(
+        hidden.device
+    )  # however few rows: their number differs in each step, and is not compiled in
     _logits[(programs,)](
         hidden_blocks, weight_blocks, out_blocks, row_scale, token_scale, reference if bias is None else bias, reference, parts,
         rows, vocabulary, hidden.shape[1], product.scale, product.softcap or 0.0, LOG2_E.value / temperature,

@@ -207,7 +207,7 @@ def _at_drawn(
     return tl.sum(tl.where(drawn >= 0, -log_s, 0.0), 0) / draws * LN_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "values_width", "supports_step"])
 def _rows(
     student_ptr, teacher_ptr, gradient_ptr, labels_ptr, reference_ptr, student_parts_ptr, teacher_parts_ptr, values_ptr,
     coefficients_ptr, parameters_ptr, supports_ptr, drawn_ptr, at_drawn_ptr, rows, width, teacher_width, teacher_step, values_width,
@@ -289,7 +289,7 @@ def rows_pass(
     """
     numbers = tuple(NUMBERS[form] for form in forms)
     draws = 0 if drawn is None else drawn[0].shape[1]
-    programs = min(len(student), 2 * processors(student.device))
+    programs = 2 * processors(student.device)  # however few rows: their number differs in each step, and is not compiled in
     blocks = [0 if parts is None else parts.shape[1] for parts in (student_parts, teacher_parts)]
     _rows[(programs,)](
         student, student if teacher is None else teacher, student if gradient is None else gradient, labels, reference,
