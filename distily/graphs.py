@@ -65,7 +65,7 @@ class Graphs:
 
     def forget(self) -> None:
         """Gives the memory of all graphs back; shapes that were seen are recorded again at once."""
-        if any(body.pool is not None for body in self._bodies.values()):
+        if self._bodies:
             memory.count_graphs(0)
         for body in self._bodies.values():
             body.forget()

@@ -360,6 +360,7 @@ class TestStandingAside:
         assert "none of LlamaModel, recording it failed" in said[0]
         torch.nn.functional.dropout(torch.ones(100, device="cuda"))  # random numbers and memory are whole
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        assert memory.read()["memory_now"] == torch.cuda.memory_allocated()  # nothing is counted for it any more
         torch.cuda.empty_cache()
 
     def test_activations_that_are_checkpointed(self):
