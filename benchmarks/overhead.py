@@ -7,9 +7,10 @@ folder; from then on it is the command's own code: `assemble`, then `run.train`,
 The bare step is that of step.py and of `distily benchmark speed`, on the first batch of the same data.
 
 Order: bare, train, train, bare, all in one process, so that nothing is compiled twice. Train: seconds between two logs ÷ steps, as the
-run itself logs them, without the first interval; that covers everything between two steps. Bare: wall time of as many steps in a row,
-waiting once at their end. Last, a run under cProfile: host milliseconds a step by what they were spent on; a host that is ahead of
-the device costs nothing until it has to wait.
+run itself logs them, without the first two intervals, in which is compiled and decided how a step runs; that covers everything between
+two steps. Bare: wall time of half as many steps in a row as a training has, once that is decided, waiting once at their end.
+Last, a run under cProfile: host milliseconds a step by what they were spent on; a host that is ahead of the device costs nothing
+until it has to wait.
 
 Writes overhead.json and overhead.md.
 """
@@ -40,7 +41,8 @@ from distily.plugins import load
 from distily.record import read_metrics
 from distily.run import train
 
-EVERY = 10
+EVERY, DECIDED = 10, 2
+"""Steps between two logs; and how many such intervals a training begins with before its steps are all alike."""
 PARTS = {
     "batches: sequences, collator, pinning, copy to the device": ("trainer.py", "get_batch_samples"),
     "loss: teacher, student, driver": ("trainer.py", "compute_loss"),
@@ -114,23 +116,25 @@ class Runs:
         batch = moved(parts.data.collator([parts.data.train[place] for place in range(size)]), parts.device)
         training = BareTraining(parts.config, parts.plugins, self.student, parts.teacher, parts.vocabulary, [batch])
         with training.applied:
-            for warm in (True, False, False):
+            for _ in range(3):
+                training.step()
+            training.settle()
+            for _ in range(2):
                 synchronize(parts.device)
                 began = time.perf_counter()
-                for _ in range(3 if warm else self.steps // 2):
+                for _ in range(self.steps // 2):
                     training.step()
                 synchronize(parts.device)
-                if not warm:
-                    self.times["bare"].append(1e3 * (time.perf_counter() - began) / (self.steps // 2))
+                self.times["bare"].append(1e3 * (time.perf_counter() - began) / (self.steps // 2))
         training.close()
 
     def train(self) -> None:
-        """Milliseconds of a step in each interval between two logs but the first."""
+        """Milliseconds of a step in each interval between two logs, once it is decided how it runs."""
         place = self.folder / f"run-{len(list(self.folder.glob('run-*')))}"
         place.mkdir()
         train(self.parts, self.student, self.quantizer, self.parts.config.objectives, place, None)
         intervals = [row["train_seconds"] for row in read_metrics(place / "metrics.jsonl") if "train_seconds" in row]
-        self.times["train"] += [1e3 * seconds / EVERY for seconds in intervals[1:]]
+        self.times["train"] += [1e3 * seconds / EVERY for seconds in intervals[DECIDED:]]
 
     def profile(self) -> dict[str, Any]:
         """Host milliseconds a step: of ``PARTS``, and of the functions with the most of their own."""
@@ -189,13 +193,14 @@ def save(run: dict[str, Any], folder: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=list(CASES), default="llama")
-    parser.add_argument("--steps", type=int, default=50, help="optimizer steps of a training, a multiple of 10, at least 20")
+    parser.add_argument("--steps", type=int, default=50, help="optimizer steps of a training, a multiple of 10, at least 30")
     parser.add_argument("--weights", choices=["bfloat16", "float32"], default="bfloat16", help="the student's")
     parser.add_argument("--packing", action="store_true", help="data.packing: the same rows, by position_ids instead of a mask")
     parser.add_argument("--out", type=Path, help="folder for overhead.json and .md; nothing: print only")
     chosen = parser.parse_args()
-    if chosen.steps < 2 * EVERY or chosen.steps % EVERY:
-        parser.error(f"--steps: {chosen.steps} is not allowed; allowed: a multiple of {EVERY}, at least {2 * EVERY}")
+    least = (DECIDED + 1) * EVERY
+    if chosen.steps < least or chosen.steps % EVERY:
+        parser.error(f"--steps: {chosen.steps} is not allowed; allowed: a multiple of {EVERY}, at least {least}")
     case, began = CASES[chosen.case], time.monotonic()
     with tempfile.TemporaryDirectory() as name, Clocks() as clocks:
         parts = prepared(case, chosen, Path(name))

@@ -23,6 +23,9 @@ from distily.errors import DistilyError
 from distily.plugins import Plugins
 from distily.speed import Say, choose
 
+SETTLING = 24
+"""Steps in which a step may decide how it runs."""
+
 Batch = Mapping[str, Any]
 
 
@@ -73,6 +76,12 @@ class BareTraining:
         self.optimizer.zero_grad()
         self.driver.advance(0.0)
         return torch.stack(losses).sum()
+
+    def settle(self) -> None:
+        """Steps in which it is decided how a step runs, such as by CUDA graphs, if they have not been."""
+        for _ in range(SETTLING):
+            if not self.applied.settled:
+                self.step()
 
     def close(self) -> None:
         """Takes the driver off both models and the gradients off the student."""

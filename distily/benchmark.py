@@ -29,8 +29,6 @@ from distily.speed import Say, Speed, choose
 
 LEAST, MOST = 3, 50
 """Steps that are timed, however long or short they are."""
-SETTLING = 24
-"""Steps in which a step may decide how it runs."""
 CALIBRATION = 1000
 """Batches that calibrated components may see, at most."""
 
@@ -124,9 +122,7 @@ def measure(name: str, training: BareTraining, seconds: float) -> Row:
     training.step()
     synchronize(device)
     row.first_seconds = time.perf_counter() - began
-    for _ in range(SETTLING):
-        if not training.applied.settled:
-            training.step()
+    training.settle()
     parts: dict[str, Any] = {"teacher": training.teacher}
     if driver.head is not None and any(term.on_logits for term in driver.terms):
         parts["head"] = driver.head.module

@@ -11,8 +11,8 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from distily import memory
+from distily.bare import SETTLING
 from distily.batch import model_inputs, moved
-from distily.benchmark import SETTLING
 from distily.errors import RunError
 from distily.graphs import AGAIN, Body, Graphs, _apart, _fits
 from distily.loss.features import FeatureCapture, body, decoder_blocks
@@ -132,6 +132,16 @@ class TestChoice:
         assert memory.read() == {"memory_now": 1000, "memory_peak": 1600}
         memory.reset_peak()
         assert memory.read()["memory_peak"] == 1100
+
+    def test_what_a_recording_that_failed_left_is_not_counted_for_ever(self, monkeypatch):
+        counted, graphs, layer = [], Graphs(True, print), nn.Linear(2, 2)
+        monkeypatch.setattr(memory, "count_graphs", counted.append)
+        graphs.forget()
+        assert counted == []  # nothing was tried
+        graphs._bodies[layer] = Body(layer)
+        graphs._bodies[layer].refused = "recording it failed"
+        graphs.forget()
+        assert counted == [0]
 
     def test_parameters_that_share_a_gradient_get_one_each(self):
         shared, other = torch.ones(3), torch.zeros(3)
