@@ -7,7 +7,8 @@ same weights. Teacher's forward, student's forward and backward, the loss, clipp
 8 × 512 tokens, a step in which the device waits for the host.
 
 time      median of the repeats, by CUDA events, without waiting between steps unless the contender itself waits; two rounds, the
-          second in reverse order, each from fresh models, after two steps to warm up, of small models twenty.
+          second in reverse order, each from fresh models, after two steps to warm up, of small models twenty; ours after as many as
+          it may take to decide how a step runs.
 MFU       operations that the step must do (step_problem.py) ÷ time ÷ ceiling; the ceiling is the best rate of a block's product in
           bf16, measured at the start. Above 1 is possible in 8 bits.
 memory    the highest of a round after warming up: allocated, with what CUDA graphs keep, and reserved by the allocator. Weights,
@@ -55,7 +56,7 @@ def round_of(contender: Contender, case: Case, repeats: int, device: torch.devic
         losses = [step()]
         synchronize(device)
         found: dict[str, Any] = {"first seconds": time.perf_counter() - began}
-        losses += [step() for _ in range(case.warm - 1)]
+        losses += [step() for _ in range(max(case.warm, contender.warm) - 1)]
         synchronize(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -22,7 +22,7 @@ from step_problem import Case, tokenizer
 from torch import Tensor, nn
 from transformers.integrations.liger import apply_liger_kernel
 
-from distily.bare import BareTraining
+from distily.bare import SETTLING, BareTraining
 from distily.config import resolve
 from distily.loss.features import decoder_blocks
 from distily.plugins import load
@@ -42,6 +42,8 @@ class Contender:
     weights: str
     flags: str
     opened: Callable[[Case, torch.device], AbstractContextManager[Step]]
+    warm: int = 0
+    """Steps that are not timed, if the case has fewer."""
 
     @property
     def title(self) -> str:
@@ -98,7 +100,7 @@ def distily(name: str, objective: str, weights: str, **speed: Any) -> Contender:
 
     settings = {"student.dtype": dtype, **{f"speed.{key}": str(value).lower() for key, value in speed.items()}}
     flags = " ".join(f"--set {key}={value}" for key, value in settings.items())
-    return Contender(name, objective, weights, f"distily train --objective {objective} {flags}", opened)
+    return Contender(name, objective, weights, f"distily train --objective {objective} {flags}", opened, SETTLING)
 
 
 # Steps composed of parts: transformers' models, their blocks compiled one by one, and a loss head of the loss-head benchmark.

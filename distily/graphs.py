@@ -101,11 +101,11 @@ class Graphs:
             memory.count_graphs(memory.kept_by_graphs())
         return recording
 
-    def _ask(self, numbers: int) -> None:
+    def _ask(self, size: int) -> None:
         """Does the device wait? A micro-batch begins with the teacher's forward, or the student's, which trains, where there is none."""
         trains = torch.is_grad_enabled()
         if not (trains and self._teacher_ran):
-            self._watch.begins(numbers)
+            self._watch.begins(size)
         self._teacher_ran = not trains
         if (found := self._watch.found()) is not None:
             took, worked = found

@@ -59,7 +59,7 @@ def head_case(count, vocabulary, width, seed=0):
     return hidden, heads, labels
 
 
-def loss_of(hidden, heads, labels, spec="forward_kl"):
+def loss_of(hidden, heads, labels, *specs):
     """Loss and gradients of the fused path on given rows and heads."""
     from test_kernels import Head, Teacher, of
 
@@ -67,7 +67,7 @@ def loss_of(hidden, heads, labels, spec="forward_kl"):
     from distily.loss.fused import forms_of
 
     rows, head = hidden[0].clone().requires_grad_(), Head(heads[0].clone())
-    terms = of(spec)
+    terms = of(*(specs or ("forward_kl",)))
     walk = ChunkWalk(
         head=head, source=Teacher(Product(hidden[1], heads[1], None)), pieces=[], inputs={"labels": labels},
         weights={term.key: 1.0 for term in terms}, items=torch.tensor(max(1, len(rows)), device="cuda"), vocabulary=len(heads[0]),
@@ -141,14 +141,14 @@ def test_the_same_bits_twice():
 
 
 @pytest.mark.parametrize("vocabulary", [1024, 32003])
-@pytest.mark.parametrize("spec", ["jsd", "top_k:k=8"])
-def test_nothing_is_compiled_for_another_number_of_tokens(spec, vocabulary, monkeypatch):
+@pytest.mark.parametrize("specs", [("jsd",), ("forward_kl", "top_k:k=8", "sampled_targets")], ids=" + ".join)
+def test_nothing_is_compiled_for_another_number_of_tokens(specs, vocabulary, monkeypatch):
     """Real batches have another one in each step; a kernel takes a second to compile."""
-    loss_of(*head_case(300, vocabulary, 256), spec)
+    loss_of(*head_case(300, vocabulary, 256), *specs)
     compiled = []
     monkeypatch.setattr(knobs.compilation, "listener", lambda src, **_: compiled.append(src.name))
     for count in (1, 17, 301, 512, 4099, 16000):
-        loss_of(*head_case(count, vocabulary, 256), spec)
+        loss_of(*head_case(count, vocabulary, 256), *specs)
     assert not compiled
 
 

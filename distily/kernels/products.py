@@ -172,9 +172,7 @@ def relative_logits(product: Product, reference: Tensor, out: Tensor, temperatur
     rows, vocabulary = len(hidden), len(weight)
     blocks = triton.cdiv(vocabulary, BLOCK_VOCABULARY)
     parts = torch.empty((rows, blocks, 3 if hard else 2), dtype=torch.float32, device=hidden.device)
-    programs = cut.programs * processors(
-        hidden.device
-    )  # however few rows: their number differs in each step, and is not compiled in
+    programs = cut.programs * processors(hidden.device)  # however few the rows: no constant may follow the batch
     _logits[(programs,)](
         hidden_blocks, weight_blocks, out_blocks, row_scale, token_scale, reference if bias is None else bias, reference, parts,
         rows, vocabulary, hidden.shape[1], product.scale, product.softcap or 0.0, LOG2_E.value / temperature,

@@ -289,7 +289,7 @@ def rows_pass(
     """
     numbers = tuple(NUMBERS[form] for form in forms)
     draws = 0 if drawn is None else drawn[0].shape[1]
-    programs = 2 * processors(student.device)  # however few rows: their number differs in each step, and is not compiled in
+    programs = 2 * processors(student.device)  # however few the rows: no constant may follow the batch
     blocks = [0 if parts is None else parts.shape[1] for parts in (student_parts, teacher_parts)]
     _rows[(programs,)](
         student, student if teacher is None else teacher, student if gradient is None else gradient, labels, reference,

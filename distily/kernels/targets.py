@@ -182,7 +182,7 @@ def _masses(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["supports_ptr", "values_ptr"])  # it follows the number of rows
 def _supports(
     student_ptr, teacher_ptr, student_parts_ptr, teacher_parts_ptr, listed_ptr, supports_ptr, values_ptr, coefficient_ptr,
     k, p, vocabulary, width, teacher_width, blocks, inverse,
