@@ -5,10 +5,9 @@
 Text: Python sources that are on this machine, the standard library's and PyTorch's, in an order drawn once; or --text FILE. Whole files
 are held out, chosen by a hash of their name. The tokenizer is the demo's.
 Teacher: a Llama of width 768 and 12 blocks, trained here on labels for 0.3 of the time, and not beyond three passes over the text,
-with which it would learn it by heart. Student: half its blocks, copied, float32
-weights; forward KL. All students see the same batches of a seed; only `speed.precision` differs, which in 8 bits covers the student's
-forward and backward and the teacher's forward. Measured is always the plain model, in bf16, against the plain teacher, whose
-weights are in bf16, so that fp8 covers its logits too.
+with which it would learn it by heart. Student: half its blocks, copied, float32 weights; forward KL. All students see the same batches
+of a seed; only `speed.precision` differs, which in 8 bits covers the student's forward and backward and the teacher's forward. Measured
+is always the plain model, in bf16, against the plain teacher, whose weights are in bf16, so that fp8 covers its logits too.
 The number of steps is the same for all, and what fits into --minutes, as a few steps of each precision take.
 
 Writes precision.json and precision.md.
@@ -140,17 +139,18 @@ class Trainings:
         place = self.folder / f"training-{self.count}"
         place.mkdir()
         student, quantizer = parts.new_student()
-        graphs: list[str] = []
+        said: list[str] = []
 
         def say(line: str) -> None:
             print(line)
-            graphs.extend([line.removeprefix(GRAPHS)] if line.startswith(GRAPHS) else [])
+            said.append(line)
 
         train(parts, student, quantizer, parts.config.objectives, place, None, say, max_steps=steps, learning_rate=rate)
         rows = [row for row in read_metrics(place / "metrics.jsonl") if "train_seconds" in row]
         seconds = statistics.median(row["train_seconds"] for row in rows[1:] or rows) / EVERY
         figures: dict[str, Any] = {"steps": steps, "seconds a step": seconds, "losses": [row["loss"] for row in rows]}
-        figures["graphs"] = "no" if not graphs or graphs[-1].startswith("none") else "yes"
+        choices = [line for line in said if line.startswith(GRAPHS)]
+        figures["graphs"] = "yes" if choices and not choices[-1].startswith(f"{GRAPHS}none") else "no"
         began = time.monotonic()
         if evaluate:
             figures |= measure(parts.evaluators, student, parts.context)
@@ -219,7 +219,7 @@ def section(run: dict[str, Any]) -> list[str]:
         f"{teacher['perplexity']:.4g} (that of its last training batches {math.exp(teacher['losses'][-1]):.3g}). Students: "
         f"{run['parameters']['student']:,} parameters, {run['steps']:,} steps of "
         f"{run['batch'][0]} × {run['batch'][1]} tokens at most, {len(seeds)} seeds.",
-        *(f"Loss, {name}: {way}." for name, way in run.get("loss", {}).items()),
+        *(f"Loss, {name}: {way}." for name, way in run["loss"].items()),
         "",
         "| precision | " + " | ".join(METRICS.values()) + " | ms a step |",
         "|---" * (len(METRICS) + 2) + "|",
@@ -236,7 +236,7 @@ def section(run: dict[str, Any]) -> list[str]:
             lines += [f"**{name} − {first}, seed by seed: {_difference(own, by_precision[first])}.**", ""]
     lines += ["| seed | precision | " + " | ".join(METRICS.values()) + " | CUDA graphs |", "|---" * (len(METRICS) + 3) + "|"]
     for row in rows:
-        cells = [str(row["seed"]), row["precision"], *(f"{row[key]:.5g}" for key in METRICS), row.get("graphs", "–")]
+        cells = [str(row["seed"]), row["precision"], *(f"{row[key]:.5g}" for key in METRICS), row["graphs"]]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 

@@ -7,7 +7,7 @@ same weights. Teacher's forward, student's forward and backward, the loss, clipp
 8 × 512 tokens, a step in which the device waits for the host.
 
 time      median of the repeats, by CUDA events, without waiting between steps unless the contender itself waits; two rounds, the
-          second in reverse order, each from fresh models, after two steps to warm up, of small models twenty; ours after as many as
+          second in reverse order, each from fresh models, after two steps to warm up, of small models twelve; ours after as many as
           it may take to decide how a step runs.
 MFU       operations that the step must do (step_problem.py) ÷ time ÷ ceiling; the ceiling is the best rate of a block's product in
           bf16, measured at the start. Above 1 is possible in 8 bits.

@@ -95,7 +95,7 @@ CASES = {
         2048, 8192, 32, 8, 64, 128256, 16, 8, 8, 2048, "teacher 1.24B like Llama-3.2-1B, student 0.75B with half its blocks"
     ),
     "small": Case(
-        576, 1536, 9, 3, 64, 49152, 30, 15, 8, 512, "teacher 135M like SmolLM2-135M, student 81M with half its blocks", warm=20
+        576, 1536, 9, 3, 64, 49152, 30, 15, 8, 512, "teacher 135M like SmolLM2-135M, student 81M with half its blocks", warm=12
     ),
     "tiny": Case(64, 128, 4, 2, 16, 1024, 2, 1, 2, 32, "a check that needs no GPU"),
 }

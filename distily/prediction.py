@@ -42,6 +42,7 @@ from distily.loss.meetings import combination
 from distily.loss.step import Step
 from distily.loss.terms import Builder, Term, build_terms
 from distily.spec import Component
+from distily.teachers import LogitSource
 
 PARTS = ("teacher", "student", "gradients", "optimizer", "activations", "loss", "workspace")
 BLOCK, CUBLAS_WORKSPACE = 512, 32 * 2**20
@@ -204,7 +205,7 @@ class _CountedDriver(Driver):
     given_rows: int | None
     by_kernels = False
 
-    def _fused(self, terms: Sequence[Term], rows: Tensor, dtype: torch.dtype) -> None:
+    def _fused(self, terms: Sequence[Term], rows: Tensor, source: LogitSource | None, dtype: torch.dtype) -> None:
         """Counts what the kernels would hold, which cannot run here, nor in the walk's place."""
         head: Any = self.head
         token = [term for term in terms if not term.is_row_set]

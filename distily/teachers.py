@@ -60,11 +60,15 @@ class Teacher(Protocol):
 class DenseLogits:
     """Logits computed from the last hidden states ``(N, H)`` and the head, a chunk at a time.
 
-    ``float8``: gives the weight of a product in fp8, from which kernels form it, or why they shall not.
+    ``float8``: gives the weight of a product in fp8, from which kernels form it, or why they shall not; asked with all hidden states.
     """
 
     def __init__(
-        self, head: OutputHead, hidden: Tensor, vocabulary: int, float8: Callable[[Product], Float8Rows | str] | None = None
+        self,
+        head: OutputHead,
+        hidden: Tensor,
+        vocabulary: int,
+        float8: Callable[[Product, Tensor], Float8Rows | str] | None = None,
     ) -> None:
         self.head, self.hidden, self.vocabulary, self.float8 = head, hidden, vocabulary, float8
 
@@ -79,8 +83,7 @@ class DenseLogits:
         product = self._product(rows)
         if product is None or self.float8 is None or product.unsuited() or not len(self.hidden):
             return product
-        sample = replace(product, hidden=self.hidden[:SAMPLE].to(product.hidden.dtype))
-        return replace(product, float8=self.float8(sample))
+        return replace(product, float8=self.float8(product, self.hidden))
 
     def _product(self, rows: slice | Tensor) -> Product | None:
         weight = getattr(self.head.module, "weight", None)
@@ -117,10 +120,10 @@ class LocalTeacher:
         self.capture.remove()
         self._float8 = None
 
-    def _in_float8(self, sample: Product) -> Float8Rows | str:
-        """The head in fp8, made when kernels first ask for it, if its logits are near enough to the others in a ``sample``."""
+    def _in_float8(self, product: Product, hidden: Tensor) -> Float8Rows | str:
+        """The head in fp8, made when kernels first ask for it, if its logits are near enough to the others for the first ``hidden``."""
         if self._float8 is None:
-            self._float8 = _measured_in_float8(sample)
+            self._float8 = _measured_in_float8(replace(product, hidden=hidden[:SAMPLE].to(product.hidden.dtype)))
         return self._float8
 
 

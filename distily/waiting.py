@@ -26,28 +26,24 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self._plain: list[tuple[Any, Any, int]] = []
-        self._ahead: list[tuple[Any, Any]] = []
-        self._host: list[float] = []
+        self._timed: list[tuple[Any, Any, int, float]] = []
+        """Begin, end, size, and the host's seconds: first the plain ones, then those ahead."""
         self._begun: tuple[Any, float, int] | None = None
-        self._size = 0
 
     def begins(self, size: int) -> None:
         """A micro-batch with so many numbers begins, right behind the one before."""
-        if len(self._ahead) == AHEAD:
+        if len(self._timed) == PLAIN + AHEAD:
             return
         now, here = time.perf_counter(), _event()
-        begun, self._begun = self._begun, None
-        if begun is not None and len(self._plain) < PLAIN:
-            self._plain.append((begun[0], here, begun[2]))
-            self._host.append(now - begun[1])
-            self._size = statistics.mode(each for _, _, each in self._plain)
-        elif begun is not None:
-            self._ahead.append((begun[0], here))
-        if len(self._plain) < PLAIN:
+        if self._begun is not None:
+            start, since, before = self._begun
+            self._timed.append((start, here, before, now - since))
+            self._begun = None
+        if len(self._timed) < PLAIN:
             self._begun = here, now, size
-        elif size == self._size and len(self._ahead) < AHEAD:
-            torch.cuda._sleep(int(CYCLES * min(LONGEST, LEAD * statistics.median(self._host))))
+        elif len(self._timed) < PLAIN + AHEAD and size == self._commonest():
+            needed = statistics.median(host for *_, host in self._timed[:PLAIN])
+            torch.cuda._sleep(int(CYCLES * min(LONGEST, LEAD * needed)))
             self._begun = _event(), now, size
 
     def interrupted(self) -> None:
@@ -56,15 +52,17 @@ class Watch:
 
     def found(self) -> tuple[float, float] | None:
         """Milliseconds that a micro-batch takes, and that the device works on it; None: not known yet."""
-        if len(self._ahead) < AHEAD or not self._ahead[-1][1].query():
+        if len(self._timed) < PLAIN + AHEAD or not self._timed[-1][1].query():
             return None
-        return _lower_quarter([(start, end) for start, end, size in self._plain if size == self._size]), _lower_quarter(
-            self._ahead
-        )
+        return self._lower_quarter(self._timed[:PLAIN]), self._lower_quarter(self._timed[PLAIN:])
 
+    def _commonest(self) -> int:
+        return statistics.mode(size for _, _, size, _ in self._timed[:PLAIN])
 
-def _lower_quarter(timed: Sequence[tuple[Any, Any]]) -> float:
-    return sorted(start.elapsed_time(end) for start, end in timed)[len(timed) // 4]
+    def _lower_quarter(self, timed: Sequence[tuple[Any, Any, int, float]]) -> float:
+        commonest = self._commonest()
+        took = sorted(start.elapsed_time(end) for start, end, size, _ in timed if size == commonest)
+        return took[len(took) // 4]
 
 
 def _event() -> Any:

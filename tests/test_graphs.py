@@ -61,8 +61,8 @@ class Seen:
     def __init__(self, took, worked):
         self.begun, self.result = [], (took, worked)
 
-    def begins(self, numbers):
-        self.begun.append(numbers)
+    def begins(self, size):
+        self.begun.append(size)
 
     def found(self):
         return self.result if len(self.begun) == 3 else None

@@ -29,7 +29,7 @@ from distily.loss.readouts import Readout
 from distily.loss.step import Step
 from distily.loss.terms import Term
 from distily.products import upcast
-from distily.teachers import LocalTeacher, Teacher
+from distily.teachers import LocalTeacher, LogitSource, Teacher
 
 ATTACHED = "distily_objectives"
 """Name under which the terms' parameters and the combiner's state live on the student while it trains."""
@@ -201,9 +201,7 @@ class Driver:
                 meeting = self.meetings.get("logits")
                 active = [term for term in terms if self._is_active(term, step)]
                 source = step.signals.logits if step.signals else None
-                fused = self._fused(active, rows, dtype)
-                if fused is not None:
-                    self._path = f"fused kernels{fused.teacher_in_words(source)}"
+                fused = self._fused(active, rows, source, dtype)
                 walk = ChunkWalk(
                     head=self.head,
                     source=source,
@@ -230,7 +228,7 @@ class Driver:
         """A term whose weight is 0 now is not computed, unless a combiner reads its value."""
         return self._value_meeting is not None or term.schedule.at(step.progress) != 0.0
 
-    def _fused(self, terms: Sequence[Term], rows: Tensor, dtype: torch.dtype) -> FusedTerms | None:
+    def _fused(self, terms: Sequence[Term], rows: Tensor, source: LogitSource | None, dtype: torch.dtype) -> FusedTerms | None:
         """The token terms for the kernels; None where plain PyTorch computes them."""
         assert self.head is not None
         token = [term for term in terms if not term.is_row_set]
@@ -242,6 +240,7 @@ class Driver:
         if isinstance(fused, str):
             self._path = f"plain PyTorch, a chunk of logits at a time: {fused}"
             return None
+        self._path = f"fused kernels{fused.teacher_in_words(source)}"
         return fused
 
     def _pieces(self, terms: Sequence[Term], step: Step) -> list[Piece]:
