@@ -251,7 +251,7 @@ def test_logits_are_counted_from_the_label_and_summed_up(count, width, vocabular
 class TestFloat8:
     """A teacher's logits in fp8. The interpreter rounds to it in a coarser way, so what is exact is asked of a GPU alone."""
 
-    @pytest.mark.parametrize(("count", "width", "vocabulary"), [(3, 16, 257), (130, 64, 512), (70, 80, 700)])
+    @pytest.mark.parametrize(("count", "width", "vocabulary"), [(3, 16, 257), (130, 64, 512), (70, 80, 300)])
     @pytest.mark.parametrize("options", [{}, {"bias": True, "scale": 0.25}, {"bias": True, "softcap": 3.0}])
     def test_logits_are_the_product_of_the_rounded_rows(self, count, width, vocabulary, options):
         plain = product(count, width, vocabulary, **options)
@@ -345,7 +345,7 @@ class Teacher:
         return self.given_product.hidden[at].float() @ self.given_product.weight.float().T
 
 
-def loss_and_gradients(specs, fused, count=40, vocabulary=290, rows_of_head=310, block_rows=32, dense=False, float8=False):
+def loss_and_gradients(specs, fused, count=20, vocabulary=290, rows_of_head=310, block_rows=16, dense=False, float8=False):
     """Loss and gradients of a walk over random rows, with the kernels or as the plain driver has them."""
     mine, theirs = product(count, 32, rows_of_head, 1), product(count, 48, vocabulary, 2)
     theirs = replace(theirs, float8=float8_rows(theirs.weight)) if float8 else theirs
@@ -384,8 +384,8 @@ def test_the_walk_with_kernels_is_the_walk_without(specs, dense):
 
 
 def test_blocks_of_any_size_give_the_same():
-    whole = loss_and_gradients(["jsd"], True, block_rows=64)
-    for block_rows in (16, None):
+    whole = loss_and_gradients(["jsd"], True, block_rows=32)
+    for block_rows in (8, None):
         parts = loss_and_gradients(["jsd"], True, block_rows=block_rows)
         assert float(parts[0]) == pytest.approx(float(whole[0]), rel=1e-6)
         for mine, theirs in zip(parts[2:], whole[2:], strict=True):
