@@ -68,8 +68,9 @@ def loss_of(hidden, heads, labels, *specs):
 
     rows, head = hidden[0].clone().requires_grad_(), Head(heads[0].clone())
     terms = of(*(specs or ("forward_kl",)))
+    inputs = {"labels": labels, "row_seeds": torch.arange(len(rows), device="cuda")}
     walk = ChunkWalk(
-        head=head, source=Teacher(Product(hidden[1], heads[1], None)), pieces=[], inputs={"labels": labels},
+        head=head, source=Teacher(Product(hidden[1], heads[1], None)), pieces=[], inputs=inputs,
         weights={term.key: 1.0 for term in terms}, items=torch.tensor(max(1, len(rows)), device="cuda"), vocabulary=len(heads[0]),
         compute_dtype=torch.bfloat16, fused=forms_of(terms),
     )  # fmt: skip
